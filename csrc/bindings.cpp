@@ -1,0 +1,77 @@
+// Python bindings: argument checks and m.def lines. Tensors come as addresses and sizes, so that the
+// extension needs no torch; lipfast.ops checks dtype, layout and device before.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "maxmin.h"
+
+namespace py = pybind11;
+using namespace lipfast;
+
+namespace {
+
+template <typename T>
+T* address(uintptr_t value) {
+  return reinterpret_cast<T*>(value);
+}
+
+void check(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+MaxMinParams maxmin_params(uintptr_t x, uintptr_t y, uintptr_t mask, int64_t batch,
+                           int64_t channels, int64_t spatial, bool channels_last, int dtype) {
+  check(batch >= 0 && channels >= 0 && spatial >= 0, "maxmin: sizes must not be negative");
+  check(dtype >= 0 && dtype <= 3, "maxmin: dtype must be 0 (float64), 1 (float32), 2 (bfloat16) or "
+                                  "3 (float16), got " + std::to_string(dtype));
+  MaxMinParams params{address<const void>(x), address<void>(y), address<uint8_t>(mask), batch,
+                      channels, spatial, channels_last, static_cast<DType>(dtype)};
+  const bool empty = batch * channels * spatial == 0;
+  check(empty || (x && y), "maxmin: x and y must not be null");
+  check(params.pairs() == 0 || mask, "maxmin: mask must not be null");
+  return params;
+}
+
+int openmp_threads() {
+#if defined(_OPENMP)
+  return omp_get_max_threads();
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ and CUDA kernels of lipfast";
+  m.def("openmp_threads", &openmp_threads, "Threads the CPU kernels use; 0 without OpenMP.");
+
+  py::class_<MaxMinParams>(m, "MaxMinParams")
+      .def(py::init(&maxmin_params), py::arg("x"), py::arg("y"), py::arg("mask"), py::arg("batch"),
+           py::arg("channels"), py::arg("spatial"), py::arg("channels_last"), py::arg("dtype"));
+  py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("maxmin_forward_cpu", &maxmin_forward_cpu, no_gil);
+  m.def("maxmin_backward_cpu", &maxmin_backward_cpu, no_gil);
+
+#if defined(LIPFAST_CUDA_ARCHS)
+  m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;
+  m.attr("cuda_version") = LIPFAST_CUDA_VERSION;
+  m.attr("cuda_absent") = py::none();
+  m.def("maxmin_forward_cuda", [](const MaxMinParams& params, uintptr_t stream) {
+    maxmin_forward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("maxmin_backward_cuda", [](const MaxMinParams& params, uintptr_t stream) {
+    maxmin_backward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+#else
+  m.attr("cuda_archs") = "";
+  m.attr("cuda_version") = py::none();
+  m.attr("cuda_absent") = LIPFAST_CUDA_ABSENT;
+#endif
+}
