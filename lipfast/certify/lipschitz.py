@@ -1,0 +1,90 @@
+"""Sound Lipschitz bounds of layers and of networks that are chains of layers."""
+
+import math
+from torch import nn
+
+from lipfast import reference
+from lipfast.nn import FirstChannels, LipschitzModule, MaxMin, ZeroChannelPad
+
+_NONEXPANSIVE = (
+    FirstChannels,
+    MaxMin,
+    ZeroChannelPad,
+    nn.Dropout,  # the identity in evaluation mode
+    nn.Flatten,
+    nn.Hardtanh,
+    nn.Identity,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ReLU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Unflatten,
+)
+
+
+def lipschitz_bounds(model: nn.Module) -> dict[str, float]:
+    """Return the proved bound of every layer with parameters, by its name in the model.
+
+    Euclidean norm, evaluation mode, float64: `LipschitzModule.lipschitz_bound`, and upper bounds
+    of the spectral norm for plain `nn.Linear` and `nn.Conv2d`.
+
+    Raises:
+        ValueError: a layer whose weights depend on the map has not seen an input yet.
+        TypeError: a layer with parameters has no known bound.
+    """
+    bounds = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in bounds)
+        if not inside and next(module.parameters(recurse=False), None) is not None:
+            bounds[name] = _layer_bound(name, module)
+    return bounds
+
+
+def lipschitz_bound(model: nn.Module) -> float:
+    """Return a proved Lipschitz constant of a chain of layers in evaluation mode.
+
+    The product of the bounds of the layers of an `nn.Sequential`, nested ones included.
+
+    Raises:
+        ValueError: a layer whose weights depend on the map has not seen an input yet.
+        TypeError: a module is neither such a chain nor a layer with a known bound.
+    """
+    return _chain_bound("", model)
+
+
+def _chain_bound(name: str, module: nn.Module) -> float:
+    if isinstance(module, nn.Sequential):
+        parts = (_chain_bound(f"{name}.{key}".lstrip("."), m) for key, m in module.named_children())
+        return math.prod(parts)
+    if isinstance(module, _NONEXPANSIVE):
+        return 1.0
+    return _layer_bound(name, module)
+
+
+def _layer_bound(name: str, module: nn.Module) -> float:
+    if isinstance(module, LipschitzModule):
+        return module.lipschitz_bound()
+    if isinstance(module, nn.Linear):
+        weight = module.weight.detach().double()
+        return float(reference.schatten_bound(weight, squarings=11))
+    if isinstance(module, nn.Conv2d) and module.groups == 1 and module.dilation == (1, 1):
+        # a window of the convolution on the whole plane, or of that on a torus
+        exact = module.padding_mode == "zeros" or (
+            module.padding_mode == "circular"
+            and all(
+                2 * p <= k - 1 for p, k in zip(_padding(module), module.kernel_size, strict=True)
+            )
+        )
+        if exact:
+            return float(reference.torus_bound(module.weight.detach().double()))
+    raise TypeError(
+        f"model: expected layers with a known Lipschitz bound in a chain of nn.Sequential, got "
+        f"{type(module).__name__} at {name or 'the top'!r}"
+    )
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, ...]:
+    if module.padding == "same":
+        return tuple((k - 1) // 2 for k in module.kernel_size)
+    return (0, 0) if module.padding == "valid" else tuple(module.padding)  # type: ignore[arg-type]

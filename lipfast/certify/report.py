@@ -1,0 +1,105 @@
+"""Certification of a network on a data set."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .lipschitz import lipschitz_bound, lipschitz_bounds
+from .radius import RADII, certified_radius, certified_robust_accuracy
+
+
+@dataclass(frozen=True)
+class CertificationReport:
+    """Accuracies (fractions of `n_samples`) and the bounds on which they rest."""
+
+    accuracy: float
+    certified: dict[float, float]
+    lipschitz_bound: float
+    layer_bounds: dict[str, float]
+    n_samples: int
+
+
+def report(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    *,
+    radii: Sequence[float] = RADII,
+) -> CertificationReport:
+    """Certify a network on the samples of a loader.
+
+    The network runs in evaluation mode without autocast, TF32 or reduced-precision products, and
+    radii are divided by its proved Lipschitz bound. Where the last module of an `nn.Sequential` is
+    a plain `nn.Linear`, the exact pairwise radius is used. Its mode is restored afterwards.
+
+    Args:
+        model: chain of layers with known bounds: see `lipschitz_bound`.
+        loader: yields (x, y), x (b, ...) on any device, y (b,) class indices.
+        radii: Euclidean radii in the units of x.
+
+    Raises:
+        ValueError: the loader is empty, or a score is not finite.
+        TypeError: the model has a layer without a known bound, or is in half precision.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    if any(training for _, training in modes):
+        model.eval()
+    try:
+        with torch.no_grad(), full_precision():
+            scores, labels = _predict(model, loader)
+        bounds = lipschitz_bounds(model)
+        body, head = _split_head(model)
+        bound = lipschitz_bound(body)
+        weight = None if head is None else head.weight.detach()
+        radius = certified_radius(scores, labels, lipschitz=bound, head_weight=weight)
+        return CertificationReport(
+            accuracy=float((scores.argmax(dim=1) == labels).double().mean()),
+            certified={float(eps): certified_robust_accuracy(radius, eps) for eps in radii},
+            lipschitz_bound=lipschitz_bound(model),
+            layer_bounds=bounds,
+            n_samples=len(labels),
+        )
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute float32 products in float32: no autocast, no TF32, no bfloat16 passes."""
+    matmul = torch.get_float32_matmul_precision()
+    cudnn = torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def _predict(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    parameter = next(model.parameters())
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"model: expected float32 or float64 parameters to certify, got {parameter.dtype}"
+        )
+    scores, labels = [], []
+    for x, y in loader:
+        scores.append(model(x.to(parameter.device, parameter.dtype)))
+        labels.append(y.to(parameter.device))
+    if not scores:
+        raise ValueError("loader: expected at least one batch, got none")
+    all_scores = torch.cat(scores)
+    if not bool(torch.isfinite(all_scores).all()):
+        raise ValueError("model: expected finite scores, got NaN or Inf")
+    return all_scores, torch.cat(labels)
+
+
+def _split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
+    if isinstance(model, nn.Sequential) and len(model) > 1 and isinstance(model[-1], nn.Linear):
+        return nn.Sequential(*list(model.children())[:-1]), model[-1]
+    return model, None

@@ -1,0 +1,72 @@
+"""AOL: almost-orthogonal layers (Prach and Lampert, ECCV 2022)."""
+
+import torch
+from torch import Tensor, nn
+
+from lipfast import reference
+
+from .base import SoundWeights
+from .kernel import KernelModule
+from .layers import LipschitzConv2d, LipschitzLinear
+
+_EPSILON = 1e-6
+
+
+class _AOL(KernelModule):
+    _method = "AOL"
+
+    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        weight, scale = reference.unit_scale(self._kernel_parameter(), minimum=1.0)
+        return (weight * _rescale(weight, scale)[:, None, None],)
+
+    def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
+        weight, scale = reference.unit_scale(self._kernel_parameter().double(), minimum=1.0)
+        rescaling = _rescale(weight, scale)
+        unit = torch.finfo(self.weight.dtype).eps / 2
+        kernel = (weight * rescaling[:, None, None] / (1 + unit)).to(self.weight.dtype)
+        q = torch.where(rescaling > 0, 1 / rescaling, 1)
+        return SoundWeights((kernel,), reference.gram_norm_bound(kernel.double(), q))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Dirac kernel where channels are equal, else an orthogonal one; zero bias."""
+        kernel = self.weight if self.weight.dim() == 4 else self.weight[:, :, None, None]
+        initialise_dirac_or_orthogonal(kernel)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class AOLConv2d(_AOL, LipschitzConv2d):
+    """Convolution whose input channels are rescaled so that its spectral norm is at most 1.
+
+    The kernel is P diag(d), d_i = (sum_j sum_delta |G_delta|_ij + 1e-6)^(-1/2), G the
+    self-correlation of the weight P (Prach and Lampert 2022, theorem 2). The bound holds for zero
+    and circular padding and every map size, and is checked in float64 in evaluation mode.
+    Any in_channels and out_channels. See `LipschitzConv2d` for the arguments.
+    """
+
+    _padding_modes = ("circular", "zeros")
+
+
+class AOLLinear(_AOL, LipschitzLinear):
+    """Linear layer whose inputs are rescaled so that its spectral norm is at most 1.
+
+    The matrix is P diag(d), d_i = (sum_j |P^T P|_ij + 1e-6)^(-1/2) (Prach and Lampert 2022,
+    theorem 1). Any in_features and out_features. See `LipschitzLinear` for the arguments.
+    """
+
+
+def initialise_dirac_or_orthogonal(kernel: Tensor) -> None:
+    """Fill (out, in, kh, kw) with the identity, or with an orthogonal centre tap if out != in."""
+    out_channels, in_channels, kh, kw = kernel.shape
+    kernel.zero_()
+    centre = kernel[:, :, kh // 2, kw // 2]
+    if kh * kw > 1 and out_channels == in_channels:
+        centre.copy_(torch.eye(out_channels))
+    else:
+        matrix = torch.empty(out_channels, in_channels)
+        centre.copy_(nn.init.orthogonal_(matrix))
+
+
+def _rescale(weight: Tensor, scale: Tensor) -> Tensor:
+    return reference.aol_rescale(weight, epsilon=_EPSILON / scale**2)

@@ -1,0 +1,236 @@
+"""What every 1-Lipschitz layer shares: the protocol, the weight cache, input and argument checks."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class SoundWeights(NamedTuple):
+    """Weights for evaluation in their storage dtype, and a float64 bound of the layer they make."""
+
+    weights: tuple[Tensor, ...]
+    bound: Tensor
+
+
+class _CacheEntry(NamedTuple):
+    map_size: tuple[int, int]
+    sources: list["_Source"]
+    sound: SoundWeights
+
+
+class _Source(NamedTuple):
+    parameter: "weakref.ref[Tensor]"
+    state: tuple[int, int, torch.device, torch.dtype]
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> "_Source":
+        state = (parameter._version, parameter.data_ptr(), parameter.device, parameter.dtype)
+        return cls(weakref.ref(parameter), state)
+
+    def is_unchanged(self, parameter: Tensor) -> bool:
+        return self.parameter() is parameter and self.state == _Source.of(parameter).state
+
+
+class LipschitzModule(nn.Module):
+    """Base class of the 1-Lipschitz layers.
+
+    In training mode the weights are rebuilt, with their graph, in every forward pass, in the
+    parameters' dtype but never below float32. In evaluation mode they are built once, without a
+    graph (parameters get no gradient there, inputs do), in float64, and kept until a parameter
+    changes, moves or is replaced, the map size changes, or `train()` or `eval()` is called. A write
+    that PyTorch itself does not count (`parameter.data.copy_(...)`) needs such a call.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    padding_mode: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    _method = "1-Lipschitz"
+    _depends_on_map_size = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cache: _CacheEntry | None = None
+        self._last_map_size: tuple[int, int] | None = None
+
+    def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Return the kernel of the one convolution that the layer is in evaluation mode.
+
+        Args:
+            input_size: (h, w) of the map, for layers whose kernel depends on it; the size of the
+                last input by default.
+
+        Raises:
+            TypeError: the layer is not a single convolution.
+            ValueError: the size is needed and unknown, or a parameter is not finite.
+        """
+        raise TypeError(
+            f"{type(self).__name__} is not a single convolution and has no effective kernel; "
+            "use to_plain() for an equivalent module"
+        )
+
+    def lipschitz_bound(self, input_size: tuple[int, int] | None = None) -> float:
+        """Return a proved upper bound of the layer's Lipschitz constant in evaluation mode.
+
+        Computed in float64 from the weights as they are stored, rounding of their cast included;
+        rounding in the forward pass itself is not. Euclidean norm on inputs and outputs.
+
+        Args:
+            input_size: (h, w) of the map, for layers whose weights depend on it; the size of the
+                last input by default.
+
+        Raises:
+            ValueError: the size is needed and unknown, or a parameter is not finite.
+        """
+        return float(self._sound(self._map_size(input_size)).bound)
+
+    def to_plain(self, input_size: tuple[int, int] | None = None) -> nn.Module:
+        """Return an equivalent module of plain torch layers, without graph or parametrisation.
+
+        Args:
+            input_size: (h, w) of the map, for layers whose weights depend on it; the size of the
+                last input by default. The module then accepts this size only.
+
+        Raises:
+            ValueError: the size is needed and unknown, or a parameter is not finite.
+        """
+        map_size = self._map_size(input_size)
+        return self._plain(self._sound(map_size).weights, map_size).train(self.training)
+
+    def train(self, mode: bool = True) -> "LipschitzModule":
+        self._cache = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LipschitzModule":
+        self._cache = None
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    # What a method defines -----------------------------------------------------------------------
+
+    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Weights with their graph, at least float32; autocast is off."""
+        raise NotImplementedError
+
+    def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
+        """Weights whose layer is proved to have the returned bound."""
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        """Apply the layer to x (n, in_channels, h, w)."""
+        raise NotImplementedError
+
+    def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
+        """Plain torch module with these weights."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------------------------
+
+    def _weights(self, map_size: tuple[int, int], x: Tensor) -> tuple[Tensor, ...]:
+        self._last_map_size = map_size
+        if not self.training:
+            return self._sound(map_size).weights
+        with torch.autocast(self.weight.device.type, enabled=False):
+            self._check_finite(on_device=False)
+            weights = self._training_weights(map_size)
+        if torch.is_autocast_enabled(x.device.type):
+            return weights
+        return tuple(weight.to(_like(x.dtype, weight)) for weight in weights)
+
+    def _sound(self, map_size: tuple[int, int]) -> SoundWeights:
+        if _is_traced(self.weight):
+            return self._build_sound(map_size)
+        parameters = list(self.parameters(recurse=False))
+        entry = self._cache
+        if (
+            entry is None
+            or entry.map_size != map_size
+            or len(entry.sources) != len(parameters)
+            or not all(s.is_unchanged(p) for s, p in zip(entry.sources, parameters, strict=True))
+        ):
+            self._check_finite(on_device=True)
+            sources = [_Source.of(p) for p in parameters]
+            entry = _CacheEntry(map_size, sources, self._build_sound(map_size))
+            self._cache = entry
+        return entry.sound
+
+    def _build_sound(self, map_size: tuple[int, int]) -> SoundWeights:
+        device = self.weight.device.type
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device, enabled=False),
+        ):
+            return self._sound_weights(map_size)
+
+    def _map_size(self, input_size: tuple[int, int] | None) -> tuple[int, int]:
+        if not self._depends_on_map_size:
+            return (1, 1)
+        if input_size is None:
+            if self._last_map_size is None:
+                raise ValueError(
+                    f"input_size: the weights of {type(self).__name__} depend on the size of the "
+                    "map; expected (height, width), or one forward pass before, got None"
+                )
+            return self._last_map_size
+        if len(input_size) != 2 or any(int(n) != n or n < 1 for n in input_size):
+            raise ValueError(f"input_size: expected (height, width) >= 1, got {input_size!r}")
+        return (int(input_size[0]), int(input_size[1]))
+
+    def _check_finite(self, *, on_device: bool) -> None:
+        """Name the parameter that is not finite; on a GPU only where a synchronisation is free."""
+        if _is_traced(self.weight) or (not on_device and self.weight.device.type != "cpu"):
+            return
+        for name, parameter in self.named_parameters(recurse=False):
+            values = parameter.detach()
+            if values.numel() and not bool(torch.isfinite(values).all()):
+                raise ValueError(
+                    f"{name}: expected finite values in {type(self).__name__}, got "
+                    f"{int((~torch.isfinite(values)).sum())} NaN or Inf of {values.numel()}"
+                )
+
+    def _check_input(self, x: Tensor, channels_dim: int) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input: expected a Tensor, got {type(x).__name__}")
+        if x.shape[channels_dim] != self.in_channels:
+            raise ValueError(
+                f"input: expected {self.in_channels} channels in dimension {channels_dim} for "
+                f"{type(self).__name__}, got shape {tuple(x.shape)}"
+            )
+        if x.device != self.weight.device:
+            raise ValueError(
+                f"input: expected device {self.weight.device} as the weight, got {x.device}"
+            )
+        if x.dtype == self.weight.dtype:
+            return
+        if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(
+                f"input: expected dtype {self.weight.dtype} as the weight (or autocast), "
+                f"got {x.dtype}"
+            )
+
+
+def _like(dtype: torch.dtype, weight: Tensor) -> torch.dtype:
+    """`dtype`, or its complex twin where the weight is complex; half precision stays float32."""
+    if not weight.is_complex():
+        return dtype
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
+def _is_traced(weight: Tensor) -> bool:
+    """Whether values cannot be read now: torch.compile, export, torch.func or FakeTensorMode."""
+    return (
+        torch.compiler.is_compiling()
+        or isinstance(weight, FakeTensor)
+        or weight.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(weight)
+    )

@@ -1,0 +1,52 @@
+"""Channel selections that are 1-Lipschitz by themselves."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import positive_int
+
+
+class FirstChannels(nn.Module):
+    """Keep the first `channels` entries of dimension 1 (n, c, ...), c >= channels.
+
+    Raises:
+        ValueError: the input has fewer channels.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = positive_int("channels", channels, "FirstChannels")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[1] < self.channels:
+            raise ValueError(
+                f"input: FirstChannels expected (n, c >= {self.channels}, ...), "
+                f"got shape {tuple(x.shape)}"
+            )
+        return x[:, : self.channels]
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}"
+
+
+class ZeroChannelPad(nn.Module):
+    """Append zero channels to (n, c, h, w) up to `channels` >= c.
+
+    Raises:
+        ValueError: the input has more channels.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = positive_int("channels", channels, "ZeroChannelPad")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] > self.channels:
+            raise ValueError(
+                f"input: ZeroChannelPad expected (n, c <= {self.channels}, h, w), "
+                f"got shape {tuple(x.shape)}"
+            )
+        return F.pad(x, (0, 0, 0, 0, 0, self.channels - x.shape[1]))
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}"

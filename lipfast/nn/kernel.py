@@ -1,0 +1,58 @@
+"""Layers that are one convolution with a finite kernel, or one matrix."""
+
+import torch
+from torch import Tensor, nn
+
+from lipfast import reference
+
+from .base import LipschitzModule
+from .layers import LipschitzLinear
+
+
+class KernelModule(LipschitzModule):
+    """A layer whose only weight is a kernel (out, in, kh, kw), applied as a convolution."""
+
+    def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        return reference.conv2d_same(x, weights[0], self.bias, self.padding_mode)
+
+    def _kernel_parameter(self) -> Tensor:
+        """The weight as a kernel, in at least float32."""
+        return as_kernel(self.weight)
+
+    def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Return the kernel (out, in, kh, kw), or matrix (out, in), used in evaluation mode."""
+        (kernel,) = self._sound(self._map_size(input_size)).weights
+        return kernel.flatten(1) if isinstance(self, LipschitzLinear) else kernel
+
+    def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
+        return plain_kernel(self, weights[0], self.bias)
+
+
+def as_kernel(weight: Tensor) -> Tensor:
+    """Return a weight (out, in, kh, kw) or (out, in) as a kernel in at least float32."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return weight if weight.dim() == 4 else weight[:, :, None, None]
+
+
+def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -> nn.Module:
+    """Return `nn.Linear` or `nn.Conv2d`, as `module` is, with this kernel and bias."""
+    out_channels, in_channels, kh, kw = kernel.shape
+    factory = {"device": kernel.device, "dtype": kernel.dtype, "bias": bias is not None}
+    plain: nn.Linear | nn.Conv2d
+    if isinstance(module, LipschitzLinear):
+        plain = nn.utils.skip_init(nn.Linear, in_channels, out_channels, **factory)
+        kernel = kernel.flatten(1)
+    else:
+        plain = nn.utils.skip_init(
+            nn.Conv2d,
+            in_channels,
+            out_channels,
+            (kh, kw),
+            padding=(kh // 2, kw // 2),
+            padding_mode=module.padding_mode,
+            **factory,
+        )
+    plain.weight.data = kernel.detach().clone()
+    if bias is not None and plain.bias is not None:
+        plain.bias.data = bias.detach().clone()
+    return plain

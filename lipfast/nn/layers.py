@@ -1,0 +1,202 @@
+"""The convolution and linear shells: constructor arguments, checks, and shapes."""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import LipschitzModule
+
+
+class LipschitzConv2d(LipschitzModule):
+    """A 1-Lipschitz layer with the signature of `torch.nn.Conv2d`.
+
+    Maps (n, in_channels, h, w), or (in_channels, h, w), to the same with out_channels, at stride 1
+    and with the map size kept.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; each layer says how it makes them differ.
+        kernel_size: odd number, or a pair of equal ones where the method needs square kernels.
+        stride: 1.
+        padding: "same", or the number of pixels that means the same, kernel_size // 2.
+        dilation: 1.
+        groups: 1.
+        bias: learn an additive bias.
+        padding_mode: "zeros" or "circular", where the method's bound holds; the published one
+            by default.
+        device: of the parameters.
+        dtype: of the parameters, a real floating-point type.
+
+    Raises:
+        ValueError: an argument is outside what the method can do.
+    """
+
+    _padding_modes: ClassVar[tuple[str, ...]] = ("zeros", "circular")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] = 1,
+        padding: int | str | Sequence[int] = "same",
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.in_channels = positive_int("in_channels", in_channels, name)
+        self.out_channels = positive_int("out_channels", out_channels, name)
+        self.kernel_size = _pair("kernel_size", kernel_size, name)
+        if any(k < 1 or k % 2 == 0 for k in self.kernel_size):
+            raise ValueError(f"kernel_size: {name} expected odd sizes >= 1, got {kernel_size!r}")
+        if self.kernel_size[0] != self.kernel_size[1]:
+            raise ValueError(f"kernel_size: {name} expected a square kernel, got {kernel_size!r}")
+        for argument, value in (("stride", stride), ("dilation", dilation), ("groups", groups)):
+            if _pair(argument, value, name) != (1, 1):
+                raise ValueError(f"{argument}: {name} expected 1, got {value!r}")
+        half = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
+        if padding != "same" and (
+            isinstance(padding, str) or _pair("padding", padding, name) != half
+        ):
+            raise ValueError(
+                f"padding: {name} keeps the size of the map; expected 'same' or {half[0]} for "
+                f"kernel size {self.kernel_size[0]}, got {padding!r}"
+            )
+        self.padding_mode = self._padding_modes[0] if padding_mode is None else padding_mode
+        if self.padding_mode not in self._padding_modes:
+            raise ValueError(
+                f"padding_mode: {name} is 1-Lipschitz for {' and '.join(self._padding_modes)} "
+                f"padding, got {padding_mode!r}"
+            )
+        check_floating(dtype, name)
+        self._make_parameters(bool(bias), {"device": device, "dtype": dtype})
+        self.reset_parameters()
+
+    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+        """Register weight and bias; a method with other parameters extends this."""
+        shape = (self.out_channels, self.in_channels, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        self.register_bias(self.out_channels if bias else None, factory)
+
+    def register_bias(self, size: int | None, factory: dict) -> None:  # type: ignore[type-arg]
+        """Register a bias of `size` numbers, or None."""
+        bias = None if size is None else nn.Parameter(torch.empty(size, **factory))
+        self.register_parameter("bias", bias)
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters as the method was published."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to (n, in_channels, h, w) or (in_channels, h, w), any h, w >= 1."""
+        if not isinstance(x, Tensor) or x.dim() not in (3, 4):
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            kind = TypeError if not isinstance(x, Tensor) else ValueError
+            raise kind(
+                f"input: {type(self).__name__} expected (n, {self.in_channels}, h, w) or "
+                f"({self.in_channels}, h, w), got {got}"
+            )
+        self._check_input(x, channels_dim=-3)
+        batch = x if x.dim() == 4 else x[None]
+        h, w = batch.shape[-2:]
+        if h < 1 or w < 1:
+            raise ValueError(f"input: expected h, w >= 1, got shape {tuple(x.shape)}")
+        y = self._run(batch, self._weights((h, w), x))
+        return y if x.dim() == 4 else y[0]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
+        )
+
+
+class LipschitzLinear(LipschitzModule):
+    """A 1-Lipschitz layer with the signature of `torch.nn.Linear`.
+
+    Maps (..., in_features) to (..., out_features).
+
+    Args:
+        in_features: length of an input vector.
+        out_features: length of an output vector.
+        bias: learn an additive bias.
+        device: of the parameters.
+        dtype: of the parameters, a real floating-point type.
+
+    Raises:
+        ValueError: an argument is outside what the method can do.
+    """
+
+    padding_mode = "zeros"
+    kernel_size = (1, 1)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.in_channels = self.in_features = positive_int("in_features", in_features, name)
+        self.out_channels = self.out_features = positive_int("out_features", out_features, name)
+        check_floating(dtype, name)
+        self._make_parameters(bool(bias), {"device": device, "dtype": dtype})
+        self.reset_parameters()
+
+    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+        """Register weight and bias; a method with other parameters extends this."""
+        self.weight = nn.Parameter(torch.empty(self.out_channels, self.in_channels, **factory))
+        self.register_bias(self.out_channels if bias else None, factory)
+
+    register_bias = LipschitzConv2d.register_bias
+    reset_parameters = LipschitzConv2d.reset_parameters
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to (..., in_features)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input: expected a Tensor, got {type(x).__name__}")
+        if x.dim() < 1:
+            raise ValueError(f"input: expected (..., {self.in_features}), got a scalar")
+        self._check_input(x, channels_dim=-1)
+        weights = self._weights((1, 1), x)
+        y = self._run(x.reshape(math.prod(x.shape[:-1]), self.in_channels, 1, 1), weights)
+        return y.reshape(*x.shape[:-1], self.out_channels)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def positive_int(argument: str, value: int, name: str) -> int:
+    """Return `value` as an int, or raise a ValueError that names the argument."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{argument}: {name} expected an integer >= 1, got {value!r}")
+    return number
+
+
+def check_floating(dtype: torch.dtype | None, name: str) -> None:
+    """Raise a ValueError where `dtype` is not a real floating-point type."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: {name} expected a real floating-point type, got {dtype}")
+
+
+def _pair(argument: str, value: int | str | Sequence[int], name: str) -> tuple[int, int]:
+    values = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(values) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise ValueError(f"{argument}: {name} expected an integer or a pair, got {value!r}")
+    return values  # type: ignore[return-value]

@@ -1,0 +1,196 @@
+"""The residual 1-Lipschitz layers x - W^T (t * relu(W x + b)): CPL and SLL."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lipfast import reference
+
+from .base import LipschitzModule, SoundWeights
+from .cayley import initialise_uniform_bias
+from .kernel import as_kernel, plain_kernel
+from .layers import LipschitzConv2d, LipschitzLinear
+
+_MAP_LIMIT = 32  # side of the largest patch on which CPL estimates the norm in training
+_Q_EPSILON = 1e-6
+
+
+class ResidualModule(LipschitzModule):
+    """A residual layer on c = max(in_channels, out_channels) channels, its hidden width too.
+
+    Missing input channels are zero, and the first out_channels of the result are kept. The weights
+    are the kernel, the bias and the scale t, jointly rescaled so that the largest tap is 1: the
+    layer does not change, and squares of tiny or huge weights stay finite.
+    """
+
+    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+        c = max(self.in_channels, self.out_channels)
+        shape = (c, c) if isinstance(self, LipschitzLinear) else (c, c, *self.kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        size = c if bias else None
+        self.register_parameter(
+            "bias", None if size is None else nn.Parameter(torch.empty(size, **factory))
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier normal weight, uniform bias."""
+        nn.init.xavier_normal_(self.weight)
+        initialise_uniform_bias(self)
+
+    def _scaled_bias(self, scale: Tensor) -> Tensor:
+        if self.bias is None:
+            return scale.new_zeros(self.weight.shape[0])
+        return self.bias.to(scale.dtype) / scale
+
+    def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        kernel, bias, scale = weights
+        x = match_channels(x, kernel.shape[1])
+        y = reference.residual_conv(x, kernel, bias, scale, self.padding_mode)
+        return y[:, : self.out_channels]
+
+    def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
+        return fx.symbolic_trace(_PlainResidual(self, *weights))
+
+
+class _CPL(ResidualModule):
+    _method = "CPL"
+    power_vector: Tensor
+
+    @property
+    def _depends_on_map_size(self) -> bool:  # type: ignore[override]
+        return self.kernel_size != (1, 1)
+
+    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+        super()._make_parameters(bias, factory)
+        side = 1 if self.kernel_size == (1, 1) else _MAP_LIMIT
+        vector = torch.empty(1, self.weight.shape[1], side, side, **factory)
+        self.register_buffer("power_vector", vector)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier normal weight, uniform bias, normal start vector of the power iteration."""
+        super().reset_parameters()
+        nn.init.normal_(self.power_vector)
+
+    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        kernel, scale = reference.unit_scale(as_kernel(self.weight))
+        patch = self.power_vector[..., : map_size[0], : map_size[1]]
+        norm, vector = reference.power_iteration(kernel, patch.to(kernel.dtype), self.padding_mode)
+        with torch.no_grad():
+            patch.copy_(vector)
+        bias = self._scaled_bias(scale)
+        return kernel, bias, 2 * reference.inverse_or_zero(norm**2)
+
+    def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
+        kernel, scale = reference.unit_scale(as_kernel(self.weight).double())
+        dtype = self.weight.dtype
+        kernel = kernel.to(dtype)
+        norm = reference.conv_norm_bound(kernel.double(), map_size, self.padding_mode)
+        t = 2 * reference.inverse_or_zero(norm**2)
+        t = _round_down(t, dtype)
+        bound = (t.double() * norm**2 - 1).clamp_min(1)
+        return SoundWeights((kernel, self._scaled_bias(scale).to(dtype), t), bound)
+
+
+class _SLL(ResidualModule):
+    _method = "SLL"
+    q: nn.Parameter
+
+    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+        super()._make_parameters(bias, factory)
+        self.q = nn.Parameter(torch.empty(self.weight.shape[0], **factory))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier normal weight, uniform bias, standard normal q."""
+        super().reset_parameters()
+        nn.init.normal_(self.q)
+
+    def _row_sums(self, kernel: Tensor) -> Tensor:
+        q = self.q.to(kernel.dtype).abs() + _Q_EPSILON
+        return reference.gram_bound(kernel, reference.unit_scale(q)[0], axis="out")
+
+    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        kernel, scale = reference.unit_scale(as_kernel(self.weight))
+        t = 2 * reference.inverse_or_zero(self._row_sums(kernel))
+        return kernel, self._scaled_bias(scale), t
+
+    def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
+        kernel, scale = reference.unit_scale(as_kernel(self.weight).double())
+        dtype = self.weight.dtype
+        kernel = kernel.to(dtype)
+        rows = self._row_sums(kernel.double())
+        t = _round_down(2 * reference.inverse_or_zero(rows), dtype)
+        bound = (t.double() * rows - 1).amax().clamp_min(1)
+        return SoundWeights((kernel, self._scaled_bias(scale).to(dtype), t), bound)
+
+
+class CPLConv2d(_CPL, LipschitzConv2d):
+    """Convex potential layer x - (2 / norm_2(W)^2) W^T relu(W x + b) (Meunier et al. 2022).
+
+    In training the norm is estimated by one step of a power iteration whose start vector is a
+    buffer, on the input's map or its first 32 x 32 pixels: a lower bound, so that the layer is only
+    about 1-Lipschitz there. In evaluation mode the norm is a proved upper bound for the map at
+    hand, the larger of two close numbers: see `lipfast.reference.conv_norm_bound`. Where
+    out_channels > in_channels the input gets zero channels, where it is smaller the first
+    out_channels are kept. See `LipschitzConv2d` for the arguments.
+    """
+
+
+class CPLLinear(_CPL, LipschitzLinear):
+    """Convex potential layer on vectors, x - (2 / norm_2(W)^2) W^T relu(W x + b).
+
+    See `CPLConv2d` for the norm and for in_features != out_features, `LipschitzLinear` for the
+    arguments (Meunier et al. 2022, equation 8).
+    """
+
+
+class SLLConv2d(_SLL, LipschitzConv2d):
+    """SDP-based layer x - 2 W^T T^(-1) relu(W x + b) (Araujo et al. 2023, theorem 3).
+
+    T_ii = sum_j sum_delta |G_delta|_ij q_j / q_i with G the correlation of the output channels of
+    W and q = abs(q) + 1e-6 learned: the same positive numbers on both sides, so that the bound
+    holds for every q. Zero and circular padding, every map size. Where out_channels > in_channels
+    the input gets zero channels, where it is smaller the first out_channels are kept. See
+    `LipschitzConv2d` for the arguments.
+    """
+
+
+class SLLLinear(_SLL, LipschitzLinear):
+    """SDP-based layer on vectors, x - 2 W^T T^(-1) relu(W x + b) (Araujo et al. 2023).
+
+    See `SLLConv2d` for T and for in_features != out_features, `LipschitzLinear` for the arguments.
+    """
+
+
+class _PlainResidual(nn.Module):
+    """Traced into two convolutions or matrices, ReLU and a sum; -t is folded into the second."""
+
+    def __init__(self, module: LipschitzModule, kernel: Tensor, bias: Tensor, t: Tensor) -> None:
+        super().__init__()
+        scaled = -kernel * (t if t.dim() == 0 else t[:, None, None, None])
+        self.first = plain_kernel(module, kernel, bias)
+        self.relu = nn.ReLU()
+        self.second = plain_kernel(module, reference.transpose_kernel(scaled), None)
+        missing = kernel.shape[1] - module.in_channels
+        self.dim = -1 if isinstance(module, LipschitzLinear) else -3
+        self.padding = (*(0,) * (-2 * self.dim - 1), missing) if missing else None
+        self.out_channels = module.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.padding is not None:
+            x = F.pad(x, self.padding)
+        y = x + self.second(self.relu(self.first(x)))
+        return y.narrow(self.dim, 0, self.out_channels)
+
+
+def match_channels(x: Tensor, channels: int) -> Tensor:
+    """Append zero channels to x (n, c, h, w) up to `channels`."""
+    missing = channels - x.shape[1]
+    return F.pad(x, (0, 0, 0, 0, 0, missing)) if missing > 0 else x
+
+
+def _round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast a non-negative float64 tensor so that no entry grows."""
+    return (value * (1 - torch.finfo(dtype).eps)).to(dtype)

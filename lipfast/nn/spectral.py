@@ -1,0 +1,122 @@
+"""Layers that are orthogonalised frequency by frequency (LOT, Cayley)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lipfast import reference
+
+from .base import SoundWeights
+from .kernel import KernelModule, as_kernel, plain_kernel
+
+
+class SpectralModule(KernelModule):
+    """A circular convolution whose transfer matrices are orthogonalised one by one.
+
+    A kernel of one tap has one real transfer matrix and needs no Fourier transform.
+    """
+
+    @property
+    def _depends_on_map_size(self) -> bool:  # type: ignore[override]
+        return self.kernel_size != (1, 1)
+
+    def _orthogonalise(self, matrices: Tensor, scale: Tensor) -> Tensor:
+        """Return matrices (F, out, in) with singular values at most 1 from `matrices` * scale."""
+        raise NotImplementedError
+
+    def _normalised(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
+        """Return kernel / s and s: what the transform sees and the factor it must know."""
+        raise NotImplementedError
+
+    def _transfer_matrices(self, kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
+        kernel, scale = self._normalised(kernel)
+        if not self._depends_on_map_size:
+            return self._orthogonalise(kernel[:, :, 0, 0][None], scale)
+        spectrum = reference.kernel_spectrum(kernel, self._grid(map_size))
+        return self._orthogonalise(spectrum, scale)
+
+    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        matrices = self._transfer_matrices(as_kernel(self.weight), map_size)
+        return (matrices if self._depends_on_map_size else _one_tap(matrices),)
+
+    def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
+        matrices = self._transfer_matrices(as_kernel(self.weight).double(), map_size)
+        matrices, bound = reference.contract(matrices)
+        weight = matrices if self._depends_on_map_size else _one_tap(matrices)
+        weight, bound = reference.round_contraction(weight, bound, self.weight.dtype)
+        return SoundWeights((weight,), bound)
+
+    def _padding(self) -> tuple[int, int]:
+        """Zeros added to each side of the map before the circular convolution."""
+        if self.padding_mode == "circular":
+            return (0, 0)
+        return (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
+
+    def _grid(self, map_size: tuple[int, int]) -> tuple[int, int]:
+        ph, pw = self._padding()
+        return (map_size[0] + 2 * ph, map_size[1] + 2 * pw)
+
+    def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        if not self._depends_on_map_size:
+            return super()._run(x, weights)
+        with torch.autocast(x.device.type, enabled=False):
+            real = weights[0].real.dtype
+            y = _padded_fourier_conv(x.to(real), weights[0], self._padding()).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
+
+    def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
+        """Return the circular kernel (out, in, h, w) on the map, or the matrix of a 1x1 kernel.
+
+        Tap [h // 2, w // 2] is the centre. With zero padding the map is the input with
+        kernel_size // 2 zeros on each side, and the output is cropped to the input's size.
+        """
+        if not self._depends_on_map_size:
+            return super().effective_kernel(input_size)
+        map_size = self._map_size(input_size)
+        h, w = self._grid(map_size)
+        (spectrum,) = self._sound(map_size).weights
+        grid = spectrum.reshape(h, w // 2 + 1, self.out_channels, self.in_channels)
+        taps = torch.fft.irfft2(grid.permute(2, 3, 0, 1), s=(h, w))
+        rows = (h // 2 - torch.arange(h, device=taps.device)) % h
+        columns = (w // 2 - torch.arange(w, device=taps.device)) % w
+        return taps[..., rows, :][..., columns]
+
+    def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
+        if not self._depends_on_map_size:
+            return plain_kernel(self, weights[0], self.bias)
+        return fx.symbolic_trace(_PlainFourier(self, weights[0], map_size))
+
+
+class _PlainFourier(nn.Module):
+    """Traced into a module of torch operations; the map size is that of the spectrum."""
+
+    def __init__(self, module: SpectralModule, spectrum: Tensor, map_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.padding = module._padding()
+        h, w = module._grid(map_size)
+        shape = (h, w // 2 + 1, module.out_channels, module.in_channels)
+        self.register_buffer("spectrum", spectrum.reshape(shape))
+        self.size = (h, w)
+        bias = torch.zeros(1) if module.bias is None else module.bias.detach()[:, None, None]
+        self.register_buffer("bias", bias.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        ph, pw = self.padding
+        h, w = self.size
+        x_hat = torch.fft.rfft2(F.pad(x, (pw, pw, ph, ph)))
+        y_hat = torch.einsum("hwoi,...ihw->...ohw", self.spectrum, x_hat)
+        y = torch.fft.irfft2(y_hat, s=(h, w))
+        return y[..., ph : h - ph, pw : w - pw] + self.bias
+
+
+def _padded_fourier_conv(x: Tensor, spectrum: Tensor, padding: tuple[int, int]) -> Tensor:
+    ph, pw = padding
+    if ph == pw == 0:
+        return reference.fourier_conv(x, spectrum)
+    h, w = x.shape[-2:]
+    y = reference.fourier_conv(F.pad(x, (pw, pw, ph, ph)), spectrum)
+    return y[..., ph : ph + h, pw : pw + w]
+
+
+def _one_tap(matrices: Tensor) -> Tensor:
+    return matrices[0][:, :, None, None]

@@ -1,0 +1,41 @@
+"""The same-size 2-d convolution and its adjoint, for zero and circular padding."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv2d_same(x: Tensor, kernel: Tensor, bias: Tensor | None, padding_mode: str) -> Tensor:
+    """Convolve `x` (n, in, h, w) with an odd-sized `kernel` (out, in, kh, kw) to (n, out, h, w).
+
+    `padding_mode` is "zeros" or "circular"; circular padding wraps as often as the map needs.
+    """
+    ph, pw = kernel.shape[-2] // 2, kernel.shape[-1] // 2
+    if padding_mode == "zeros":
+        return F.conv2d(x, kernel, bias, padding=(ph, pw))
+    return F.conv2d(circular_pad(x, ph, pw), kernel, bias)
+
+
+def conv2d_same_adjoint(y: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
+    """Apply the adjoint of `conv2d_same(., kernel, None, padding_mode)` to `y` (n, out, h, w)."""
+    if padding_mode == "zeros":
+        padding = (kernel.shape[-2] // 2, kernel.shape[-1] // 2)
+        return F.conv_transpose2d(y, kernel, padding=padding)
+    return conv2d_same(y, transpose_kernel(kernel), None, padding_mode)
+
+
+def transpose_kernel(kernel: Tensor) -> Tensor:
+    """Return the kernel (in, out, kh, kw) whose convolution is the adjoint of `kernel`'s."""
+    return kernel.transpose(0, 1).flip(2, 3)
+
+
+def circular_pad(x: Tensor, ph: int, pw: int) -> Tensor:
+    """Pad the last two axes periodically by `ph` and `pw` on each side, for any map size."""
+    h, w = x.shape[-2:]
+    if ph == 0 and pw == 0:
+        return x
+    if ph <= h and pw <= w and x.numel() > 0:
+        return F.pad(x, (pw, pw, ph, ph), mode="circular")
+    rows = torch.arange(-ph, h + ph, device=x.device) % h
+    columns = torch.arange(-pw, w + pw, device=x.device) % w
+    return x[..., rows, :][..., columns]
