@@ -1,6 +1,7 @@
 """Sound Lipschitz bounds of layers and of networks that are chains of layers."""
 
 import math
+
 from torch import nn
 
 from lipfast import reference

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 
 from .dataset import Dataset
+from .files import atomic_write
 
 _FOLDER = "tiny-imagenet-200"
 _SIDE = 64
@@ -165,16 +164,11 @@ def _read_cache(cache: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _write_cache(cache: Path, pixels: np.ndarray, split: str) -> None:
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=cache.parent, prefix=".lipfast-", suffix=".npy")
-        with os.fdopen(handle, "wb") as stream:
-            np.save(stream, pixels, allow_pickle=False)
-        os.replace(temporary, cache)
+        with atomic_write(cache) as temporary:
+            np.save(temporary, pixels, allow_pickle=False)
         for other in cache.parent.glob(f"lipfast-{split}-*.npy"):
             if other != cache:
                 other.unlink(missing_ok=True)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         warnings.warn(f"decoded images are not cached: {error}", RuntimeWarning, stacklevel=4)

@@ -53,7 +53,7 @@ class ConvNet(nn.Sequential):
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         n_blocks = _n_blocks(input_size)
         w = _width(size, width, input_size)
-        channels, h, _ = input_size
+        channels = input_size[0]
         features = w * 2**n_blocks
         if channels > w:
             raise ValueError(f"input_size: expected at most {w} channels, got {channels}")

@@ -1,4 +1,4 @@
-"""What every 1-Lipschitz layer shares: the protocol, the weight cache, input and argument checks."""
+"""What every 1-Lipschitz layer shares: the protocol, the weight cache, the input checks."""
 
 import weakref
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Every op in the form in which the papers publish it: plain PyTorch, any dtype, never optimised."""
+"""Every op in the form in which the papers publish it: plain PyTorch, never optimised."""
 
 from .block_conv import block_conv
 from .cayley import cayley

@@ -1,4 +1,4 @@
-"""Spectral norms of convolutions: the published power iteration, and upper bounds that are proofs."""
+"""Spectral norms of convolutions: the published power iteration, and proved upper bounds."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Circular convolution in the Fourier domain (Cayley: Trockman and Kolter 2021; LOT: Xu et al. 2022)."""
+"""Circular convolution in the Fourier domain (Trockman and Kolter 2021; Xu et al. 2022)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Row sums of a convolution's Gram operator (AOL: Prach and Lampert 2022; SLL: Araujo et al. 2023)."""
+"""Row sums of a convolution's Gram operator (Prach and Lampert 2022; Araujo et al. 2023)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,5 +1,6 @@
 """The exponential of a skew-symmetric convolution (SOC: Singla and Feizi 2021)."""
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -58,7 +59,7 @@ def _real_roots(coefficients: list[float], low: float, high: float) -> list[floa
         return []
     ends = [low, *_real_roots(_derivative(coefficients), low, high), high]
     roots = []
-    for a, b in zip(ends, ends[1:], strict=False):
+    for a, b in itertools.pairwise(ends):
         rising = _evaluate(coefficients, b) > 0
         if (_evaluate(coefficients, a) > 0) == rising:
             continue

@@ -38,6 +38,9 @@ def bars_figure(comparison: Comparison) -> Figure:
             _draw_panel(axes, metric, finished, look)
         for axes in panels[len(metrics) :]:
             axes.set_visible(False)
+        # The layout is found once, so that every file of the figure has the same.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
     return figure
 
 
