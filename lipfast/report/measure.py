@@ -14,15 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipfast.training import margin_cross_entropy
 
-WARMUP = 3
+WARMUP = 2
 MINIMUM_SECONDS = 0.5
-MINIMUM_REPEATS = 10
+MINIMUM_REPEATS = 5
 
 
 def inference_seconds(model: nn.Module, x: Tensor) -> float:
     """Return the median time in seconds of one batch in eval mode, cached weights, no gradients.
 
-    Three batches warm up; then at least ten are timed, for at least half a second.
+    Two batches warm up; then at least five are timed, for at least half a second.
     """
     model.eval()
     with torch.no_grad():
@@ -44,8 +44,7 @@ def training_memory_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
     momentum, saved activations and temporaries; see `peak_bytes`. Changes the weights: give it a
     model of its own.
     """
-    step = _training_step(model, x, y)
-    return peak_bytes(model, step, x.device)
+    return peak_bytes(model, _training_step(model, x, y), x.device)
 
 
 def inference_memory_bytes(model: nn.Module, x: Tensor) -> int:
@@ -64,18 +63,20 @@ def inference_memory_bytes(model: nn.Module, x: Tensor) -> int:
 def peak_bytes(model: nn.Module, function: Callable[[], object], device: torch.device) -> int:
     """Return the most bytes in live tensors while a function runs for the second time.
 
-    On CUDA it is the peak of torch's allocator, with whatever else the process holds there. On a
-    CPU it is the peak of the storages that torch operations made and nobody has freed, plus the
-    parameters and buffers of the model; memory inside one operation is not seen. The first call
-    fills caches and optimizer state, which count as they stay.
+    On a CPU it is the peak of the storages that torch operations made and nobody has freed; memory
+    inside one operation is not seen. On CUDA it is the peak of torch's allocator over what it held
+    before. The parameters and buffers of the model are counted in both. The first call fills
+    caches and optimizer state, which count as they stay.
     """
     if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
         function()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         function()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device) - held
+        return peak + sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     with LiveBytes() as live:
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)

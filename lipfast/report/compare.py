@@ -1,0 +1,208 @@
+"""Train, certify and measure several methods on one data set."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lipfast import certify
+from lipfast.data import load
+from lipfast.nn import METHODS
+from lipfast.report.experiment import Experiment, adapted_recipe
+from lipfast.report.machine import machine_description, software_versions
+from lipfast.report.measure import (
+    inference_memory_bytes,
+    inference_seconds,
+    training_memory_bytes,
+    training_step_seconds,
+)
+from lipfast.report.results import Comparison, MethodResult
+from lipfast.report.write import RESULTS_FILE, write_report
+from lipfast.training import train
+from lipfast.training.trainer import CHECKPOINT_NAME
+
+
+def compare(
+    dataset: str,
+    methods: Sequence[str],
+    out: Path | str,
+    *,
+    data_root: Path | str | None = None,
+    size: str | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool = False,
+    log: Callable[[str], None] = print,
+) -> tuple[Comparison, list[Path]]:
+    """Train, certify and measure methods one after another, and write the report.
+
+    A method that fails (divergence, out of memory) keeps its reason, and the others go on. After
+    each method `out`/comparison.json is written; checkpoints are in `out`/<method>.
+
+    Args:
+        dataset: a name of `lipfast.data.NAMES`.
+        methods: keys of `lipfast.nn.METHODS`.
+        out: folder of the report, made when missing; what it holds of an earlier run is replaced.
+        data_root: folder of the data set; see `lipfast.data.load`.
+        size: of the network, XS to L; None for that of the recipe.
+        epochs: for every method; None for those of the recipes.
+        seed: of weights, order and augmentation.
+        device: where to train.
+        resume: keep the methods that finished in `out`, and go on where the others stopped.
+        progress: show a progress bar in training.
+        log: called with one line before and after each method.
+
+    Returns:
+        The comparison, and the files of the report.
+
+    Raises:
+        ValueError: unknown data set, method or size; an argument out of range; the folder to
+            resume holds a comparison with other settings.
+        FileNotFoundError: the data set is not there.
+    """
+    out = Path(out)
+    experiments = _experiments(dataset, methods, data_root, size, epochs, seed, device)
+    comparison = _empty(dataset, seed, device, experiments)
+    if resume and (out / RESULTS_FILE).exists():
+        comparison = _resumed(Comparison.load(out / RESULTS_FILE), comparison, out)
+    for place, experiment in enumerate(experiments, 1):
+        prefix = f"[{place}/{len(experiments)}] {METHODS[experiment.method].label}"
+        if any(r.method == experiment.method for r in comparison.finished):
+            log(f"{prefix}: kept from {out / RESULTS_FILE}")
+            continue
+        log(f"{prefix}: {experiment.recipe['epochs']} epochs")
+        result = _result(experiment, out / experiment.method, resume, progress)
+        comparison = _with_result(comparison, result)
+        comparison.save(out / RESULTS_FILE)
+        log(f"{prefix}: {_summary(result)}")
+    return comparison, write_report(comparison, out)
+
+
+def _experiments(
+    dataset: str,
+    methods: Sequence[str],
+    data_root: Path | str | None,
+    size: str | None,
+    epochs: int | None,
+    seed: int,
+    device: str,
+) -> list[Experiment]:
+    """One checked experiment per method, in the order of `METHODS`."""
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown or not methods:
+        raise ValueError(
+            f"methods: expected some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
+        )
+    chosen = [m for m in METHODS if m in methods]
+    recipes = {m: adapted_recipe(dataset, m, size=size, epochs=epochs) for m in chosen}
+    sets = load(dataset, data_root)
+    experiments = [Experiment(m, recipes[m], *sets, seed, device) for m in chosen]
+    for experiment in experiments:
+        experiment.config()
+    experiments[0].model()
+    return experiments
+
+
+def _empty(dataset: str, seed: int, device: str, experiments: Sequence[Experiment]) -> Comparison:
+    recipes: dict[str, dict[str, Any]] = {e.method: {**e.recipe} for e in experiments}
+    networks = [recipe.pop("model") for recipe in recipes.values()]
+    config = {"seed": seed, "network": networks[0], "recipes": recipes}
+    return Comparison(
+        results=(),
+        dataset=dataset,
+        device=device,
+        machine=machine_description(device),
+        versions=software_versions(),
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        config=json.loads(json.dumps(config)),
+    )
+
+
+def _resumed(earlier: Comparison, planned: Comparison, out: Path) -> Comparison:
+    """The planned comparison with what an earlier one with the same settings finished."""
+    settings = [
+        {"data": c.dataset, "device": c.device, "machine": c.machine, **c.config}
+        for c in (earlier, planned)
+    ]
+    old_recipes, recipes = (s.pop("recipes") for s in settings)
+    for method in old_recipes.keys() & recipes.keys():
+        for s, r in zip(settings, (old_recipes, recipes), strict=True):
+            s[f"recipe of {method}"] = r[method]
+    old, new = settings
+    differing = [key for key in old | new if old.get(key) != new.get(key)]
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{out / RESULTS_FILE} cannot be resumed with other settings: its {key} is "
+            f"{old.get(key)}, asked for was {new.get(key)}; choose another folder, or start anew"
+        )
+    config = {**planned.config, "recipes": {**old_recipes, **recipes}}
+    return replace(planned, results=earlier.finished, config=config)
+
+
+def _with_result(comparison: Comparison, result: MethodResult) -> Comparison:
+    results = {r.method: r for r in (*comparison.results, result)}
+    ordered = tuple(results[m] for m in METHODS if m in results)
+    return replace(comparison, results=ordered)
+
+
+def _result(experiment: Experiment, folder: Path, resume: bool, progress: bool) -> MethodResult:
+    label = METHODS[experiment.method].label
+    try:
+        return _measured(experiment, label, folder, resume, progress)
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        reason = str(error) or type(error).__name__
+        return MethodResult(experiment.method, label, error=reason)
+
+
+def _measured(
+    experiment: Experiment, label: str, folder: Path, resume: bool, progress: bool
+) -> MethodResult:
+    train_loader, test_loader = experiment.train_loader(), experiment.test_loader()
+    x, y = next(iter(train_loader))
+    train_memory = training_memory_bytes(experiment.model(), x, y)
+    step_seconds = training_step_seconds(experiment.model(), x, y)
+
+    model = experiment.model()
+    trained = train(
+        model,
+        train_loader,
+        experiment.config(),
+        checkpoint_dir=folder,
+        resume=resume and (folder / CHECKPOINT_NAME).exists(),
+        progress=progress,
+    )
+    certified = certify.report(model, test_loader)
+    x, _ = next(iter(test_loader))
+    return MethodResult(
+        method=experiment.method,
+        label=label,
+        n_parameters=sum(p.numel() for p in model.parameters()),
+        epochs=trained.epochs,
+        train_seconds=trained.seconds,
+        train_seconds_per_epoch=trained.seconds_per_epoch,
+        train_step_seconds=step_seconds,
+        inference_images_per_second=len(x) / inference_seconds(model, x),
+        train_memory_bytes=train_memory,
+        inference_memory_bytes=inference_memory_bytes(model, x),
+        accuracy=certified.accuracy,
+        certified=certified.certified,
+        lipschitz_bound=certified.lipschitz_bound,
+        layer_bound_max=max(certified.layer_bounds.values()),
+    )
+
+
+def _summary(result: MethodResult) -> str:
+    if result.failed:
+        return f"failed: {' '.join(str(result.error).split())}"
+    robust = result.certified[certify.RADII[0]]
+    return (
+        f"{result.train_seconds:.0f} s, accuracy {100 * (result.accuracy or 0):.1f} %, "
+        f"certified at 36/255 {100 * robust:.1f} %"
+    )
