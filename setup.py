@@ -52,11 +52,9 @@ class CMakeBuild(build_ext):
         link = folder / "pybind11"
         link.unlink(missing_ok=True)
         link.symlink_to(pybind11_include(), target_is_directory=True)
-        subprocess.run(
-            [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-            + [f"-DPYBIND11_INCLUDE_DIR={link}", *options],
-            check=True,
-        )
+        tools = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPYBIND11_INCLUDE_DIR={link}"]
+        configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", *tools, *options]
+        subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", folder], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(folder / target.name, target)

@@ -20,28 +20,30 @@ constexpr int64_t kChunk = 2048;          // a multiple of 8: no mask byte has t
 constexpr int64_t kParallelPairs = 8192;  // below this, waking the threads costs more than it saves
 
 // Rows of pairs whose elements lie in two runs (a, b), as in NCHW.
-template <typename T>
+template <typename Type, typename T = typename Type::Element>
 LIPFAST_CLONES void order_runs(const T* __restrict a, const T* __restrict b, T* __restrict larger,
                                T* __restrict smaller, uint8_t* __restrict swap, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) swap[i] = order_pair(a[i], b[i], larger[i], smaller[i]);
+  for (int64_t i = 0; i < count; ++i) {
+    swap[i] = order_pair(Type(), a[i], b[i], larger[i], smaller[i]);
+  }
 }
 template <typename T>
 LIPFAST_CLONES void swap_runs(const T* __restrict a, const T* __restrict b, T* __restrict first,
                               T* __restrict second, const uint8_t* __restrict swap, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const T x = a[i], y = b[i];
-    first[i] = swap[i] ? y : x;
-    second[i] = swap[i] ? x : y;
+    const T change = (a[i] ^ b[i]) & (T(0) - T(swap[i]));
+    first[i] = a[i] ^ change;
+    second[i] = b[i] ^ change;
   }
 }
 
 // Rows of pairs whose elements are neighbours, as in NHWC.
-template <typename T>
+template <typename Type, typename T = typename Type::Element>
 LIPFAST_CLONES void order_neighbours(const T* __restrict x, T* __restrict y,
                                      uint8_t* __restrict swap, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     T larger, smaller;
-    swap[i] = order_pair(x[2 * i], x[2 * i + 1], larger, smaller);
+    swap[i] = order_pair(Type(), x[2 * i], x[2 * i + 1], larger, smaller);
     y[2 * i] = larger;
     y[2 * i + 1] = smaller;
   }
@@ -50,9 +52,9 @@ template <typename T>
 LIPFAST_CLONES void swap_neighbours(const T* __restrict x, T* __restrict y,
                                     const uint8_t* __restrict swap, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const T a = x[2 * i], b = x[2 * i + 1];
-    y[2 * i] = swap[i] ? b : a;
-    y[2 * i + 1] = swap[i] ? a : b;
+    const T change = (x[2 * i] ^ x[2 * i + 1]) & (T(0) - T(swap[i]));
+    y[2 * i] = x[2 * i] ^ change;
+    y[2 * i + 1] = x[2 * i + 1] ^ change;
   }
 }
 
@@ -65,26 +67,29 @@ LIPFAST_CLONES void pack_bits(const uint8_t* swap, uint8_t* mask, int64_t count)
   }
 }
 LIPFAST_CLONES void unpack_bits(const uint8_t* mask, uint8_t* swap, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) swap[i] = mask[i / 8] >> (i % 8) & 1;
-}
-
-enum class Direction { kForward, kBackward };
-
-template <Direction kDirection, typename T>
-void transform_row(const T* x, T* y, const MaxMinParams& p, uint8_t* swap, int64_t count) {
-  if constexpr (kDirection == Direction::kForward) {
-    if (p.channels_last) return order_neighbours(x, y, swap, count);
-    order_runs(x, x + p.partner(), y, y + p.partner(), swap, count);
-  } else {
-    if (p.channels_last) return swap_neighbours(x, y, swap, count);
-    swap_runs(x, x + p.partner(), y, y + p.partner(), swap, count);
+  for (int64_t byte = 0; byte < (count + 7) / 8; ++byte) {
+    const uint64_t bit_each = mask[byte] * 0x0101010101010101u & 0x8040201008040201u;
+    const uint64_t eight = (bit_each + 0x7f7f7f7f7f7f7f7fu) >> 7 & 0x0101010101010101u;
+    std::memcpy(swap + byte * 8, &eight, 8);
   }
 }
 
-template <Direction kDirection, typename T>
+template <typename Type, typename T>
+void transform_row(Type, const T* x, T* y, const MaxMinParams& p, uint8_t* swap, int64_t count) {
+  if (p.channels_last) return order_neighbours<Type>(x, y, swap, count);
+  order_runs<Type>(x, x + p.partner(), y, y + p.partner(), swap, count);
+}
+template <typename T>
+void transform_row(Raw<T>, const T* x, T* y, const MaxMinParams& p, uint8_t* swap, int64_t count) {
+  if (p.channels_last) return swap_neighbours(x, y, swap, count);
+  swap_runs(x, x + p.partner(), y, y + p.partner(), swap, count);
+}
+
+template <bool kForward, typename Type>
 void transform_chunk(const MaxMinParams& p, int64_t begin, int64_t end) {
+  using T = typename Type::Element;
   uint8_t swap[kChunk];
-  if (kDirection == Direction::kBackward) unpack_bits(p.mask + begin / 8, swap, end - begin);
+  if (!kForward) unpack_bits(p.mask + begin / 8, swap, end - begin);
   // An even number of channels, last in memory: all rows are one.
   const bool flat = p.channels_last && p.channels % 2 == 0;
   const int64_t row_pairs = flat ? p.pairs() : p.row_pairs();
@@ -92,19 +97,20 @@ void transform_chunk(const MaxMinParams& p, int64_t begin, int64_t end) {
     const int64_t row = pair / row_pairs, position = pair % row_pairs;
     const int64_t count = std::min(row_pairs - position, end - pair);
     const int64_t offset = p.row_offset(row) + position * p.step();
-    transform_row<kDirection>(static_cast<const T*>(p.x) + offset, static_cast<T*>(p.y) + offset, p,
-                              swap + (pair - begin), count);
+    transform_row(Type(), static_cast<const T*>(p.x) + offset, static_cast<T*>(p.y) + offset, p,
+                  swap + (pair - begin), count);
     pair += count;
   }
-  if (kDirection == Direction::kForward) pack_bits(swap, p.mask + begin / 8, end - begin);
+  if (kForward) pack_bits(swap, p.mask + begin / 8, end - begin);
 }
 
-template <Direction kDirection, typename T>
+template <bool kForward, typename Type>
 void transform(const MaxMinParams& p) {
+  using T = typename Type::Element;
   const int64_t pairs = p.pairs(), chunks = (pairs + kChunk - 1) / kChunk;
 #pragma omp parallel for schedule(static) if (pairs >= kParallelPairs)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    transform_chunk<kDirection, T>(p, chunk * kChunk, std::min(pairs, (chunk + 1) * kChunk));
+    transform_chunk<kForward, Type>(p, chunk * kChunk, std::min(pairs, (chunk + 1) * kChunk));
   }
   if (p.channels % 2 == 0) return;
   const int64_t singles = p.batch * p.spatial;
@@ -115,20 +121,26 @@ void transform(const MaxMinParams& p) {
   }
 }
 
-template <Direction kDirection>
-void dispatch(const MaxMinParams& p) {
+}  // namespace
+
+void maxmin_forward_cpu(const MaxMinParams& p) {
   switch (p.dtype) {
-    case DType::kFloat64: return transform<kDirection, double>(p);
-    case DType::kFloat32: return transform<kDirection, float>(p);
-    case DType::kBFloat16: return transform<kDirection, BFloat16>(p);
-    case DType::kFloat16: return transform<kDirection, Float16>(p);
+    case DType::kFloat64: return transform<true, Float<double>>(p);
+    case DType::kFloat32: return transform<true, Float<float>>(p);
+    case DType::kBFloat16: return transform<true, BFloat16>(p);
+    case DType::kFloat16: return transform<true, Float16>(p);
   }
   throw std::invalid_argument("maxmin: unknown dtype");
 }
 
-}  // namespace
-
-void maxmin_forward_cpu(const MaxMinParams& params) { dispatch<Direction::kForward>(params); }
-void maxmin_backward_cpu(const MaxMinParams& params) { dispatch<Direction::kBackward>(params); }
+void maxmin_backward_cpu(const MaxMinParams& p) {
+  switch (p.dtype) {
+    case DType::kFloat64: return transform<false, Raw<uint64_t>>(p);
+    case DType::kFloat32: return transform<false, Raw<uint32_t>>(p);
+    case DType::kBFloat16:
+    case DType::kFloat16: return transform<false, Raw<uint16_t>>(p);
+  }
+  throw std::invalid_argument("maxmin: unknown dtype");
+}
 
 }  // namespace lipfast

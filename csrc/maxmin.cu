@@ -37,20 +37,21 @@ __device__ __forceinline__ void store(T* to, const Eight<T>& eight) {
 }
 
 // Orders a pair and notes the swap in its bit (forward), or swaps it as its bit says (backward).
-template <bool kForward, typename T>
-__device__ __forceinline__ void transform_pair(T& a, T& b, unsigned& bits, int bit) {
+template <typename Type, typename T>
+__device__ __forceinline__ void transform_pair(Type, T& a, T& b, unsigned& bits, int bit) {
   const T x = a, y = b;
-  if constexpr (kForward) {
-    bits |= unsigned(order_pair(x, y, a, b)) << bit;
-  } else {
-    const bool swap = bits >> bit & 1;
-    a = swap ? y : x;
-    b = swap ? x : y;
-  }
+  bits |= unsigned(order_pair(Type(), x, y, a, b)) << bit;
+}
+template <typename T>
+__device__ __forceinline__ void transform_pair(Raw<T>, T& a, T& b, unsigned& bits, int bit) {
+  const T x = a, y = b;
+  const bool swap = bits >> bit & 1;
+  a = swap ? y : x;
+  b = swap ? x : y;
 }
 
 // Eight pairs that lie in one row, at aligned addresses.
-template <bool kForward, typename T>
+template <typename Type, typename T>
 __device__ __forceinline__ void transform_aligned(const T* x, T* y, const MaxMinParams& p,
                                                   unsigned& bits) {
   const int64_t second = p.channels_last ? kPairs : p.partner();
@@ -60,17 +61,18 @@ __device__ __forceinline__ void transform_aligned(const T* x, T* y, const MaxMin
     if (p.channels_last) {  // a holds pairs 0 to 3, b pairs 4 to 7
       Eight<T>& half = i < kPairs / 2 ? a : b;
       const int at = 2 * i % kPairs;
-      transform_pair<kForward>(half.at[at], half.at[at + 1], bits, i);
+      transform_pair(Type(), half.at[at], half.at[at + 1], bits, i);
     } else {
-      transform_pair<kForward>(a.at[i], b.at[i], bits, i);
+      transform_pair(Type(), a.at[i], b.at[i], bits, i);
     }
   }
   store(y, a);
   store(y + second, b);
 }
 
-template <bool kForward, bool kAligned, typename T>
+template <bool kForward, bool kAligned, typename Type>
 __global__ void __launch_bounds__(kThreads) maxmin_kernel(MaxMinParams p) {
+  using T = typename Type::Element;
   const T* x = static_cast<const T*>(p.x);
   T* y = static_cast<T*>(p.y);
   const int64_t pairs = p.pairs(), bytes = (pairs + kPairs - 1) / kPairs;
@@ -89,13 +91,13 @@ __global__ void __launch_bounds__(kThreads) maxmin_kernel(MaxMinParams p) {
     const int64_t offset = p.channels_last
                                ? 2 * pair
                                : p.row_offset(pair / p.spatial) + pair % p.spatial;
-    transform_aligned<kForward>(x + offset, y + offset, p, bits);
+    transform_aligned<Type>(x + offset, y + offset, p, bits);
   } else {
     for (int i = 0; i < kPairs && pair + i < pairs; ++i) {
       const int64_t row = (pair + i) / p.row_pairs(), position = (pair + i) % p.row_pairs();
       const int64_t offset = p.row_offset(row) + position * p.step();
       T a = x[offset], b = x[offset + p.partner()];
-      transform_pair<kForward>(a, b, bits, i);
+      transform_pair(Type(), a, b, bits, i);
       y[offset] = a;
       y[offset + p.partner()] = b;
     }
@@ -109,14 +111,15 @@ bool aligned(const MaxMinParams& p) {
   return p.channels_last ? p.channels % 2 == 0 : p.spatial % kPairs == 0;
 }
 
-template <bool kForward, typename T>
+template <bool kForward, typename Type>
 void launch(const MaxMinParams& p, cudaStream_t stream) {
   const int64_t singles = p.channels % 2 == 0 ? 0 : p.batch * p.spatial;
   const int64_t threads = (p.pairs() + kPairs - 1) / kPairs + singles;
   if (threads == 0) return;
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
   if (blocks > INT32_MAX) throw std::invalid_argument("maxmin: the tensor is too large for one launch");
-  const auto kernel = aligned(p) ? maxmin_kernel<kForward, true, T> : maxmin_kernel<kForward, false, T>;
+  const auto kernel = aligned(p) ? maxmin_kernel<kForward, true, Type>
+                                : maxmin_kernel<kForward, false, Type>;
   LIPFAST_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), stream, p);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
@@ -125,22 +128,26 @@ void launch(const MaxMinParams& p, cudaStream_t stream) {
   }
 }
 
-template <bool kForward>
-void dispatch(const MaxMinParams& p, cudaStream_t stream) {
+}  // namespace
+
+void maxmin_forward_cuda(const MaxMinParams& p, cudaStream_t stream) {
   switch (p.dtype) {
-    case DType::kFloat64: return launch<kForward, double>(p, stream);
-    case DType::kFloat32: return launch<kForward, float>(p, stream);
-    case DType::kBFloat16: return launch<kForward, BFloat16>(p, stream);
-    case DType::kFloat16: return launch<kForward, Float16>(p, stream);
+    case DType::kFloat64: return launch<true, Float<double>>(p, stream);
+    case DType::kFloat32: return launch<true, Float<float>>(p, stream);
+    case DType::kBFloat16: return launch<true, BFloat16>(p, stream);
+    case DType::kFloat16: return launch<true, Float16>(p, stream);
   }
   throw std::invalid_argument("maxmin: unknown dtype");
 }
 
-}  // namespace
-
-void maxmin_forward_cuda(const MaxMinParams& p, cudaStream_t stream) { dispatch<true>(p, stream); }
 void maxmin_backward_cuda(const MaxMinParams& p, cudaStream_t stream) {
-  dispatch<false>(p, stream);
+  switch (p.dtype) {
+    case DType::kFloat64: return launch<false, Raw<uint64_t>>(p, stream);
+    case DType::kFloat32: return launch<false, Raw<uint32_t>>(p, stream);
+    case DType::kBFloat16:
+    case DType::kFloat16: return launch<false, Raw<uint16_t>>(p, stream);
+  }
+  throw std::invalid_argument("maxmin: unknown dtype");
 }
 
 }  // namespace lipfast

@@ -53,44 +53,43 @@ void maxmin_backward_cpu(const MaxMinParams& params);
 void maxmin_forward_cuda(const MaxMinParams& params, cudaStream_t stream);
 void maxmin_backward_cuda(const MaxMinParams& params, cudaStream_t stream);
 
-// bfloat16 and float16 are handled by their bits: as integers they order like the numbers once the
-// sign is folded in, which needs no conversion and no header of the CUDA toolkit.
+// How the elements of a dtype are held and compared. bfloat16 and float16 are handled by their bits:
+// as integers they order like the numbers once the sign is folded in, which needs no conversion and
+// no header of the CUDA toolkit. Raw is for the backward pass, which only moves elements.
+template <typename T>
+struct Float {
+  using Element = T;
+};
 template <int kInfinity>
 struct Half {
-  uint16_t bits;
+  using Element = uint16_t;
 };
 using BFloat16 = Half<0x7f80>;
 using Float16 = Half<0x7c00>;
-
 template <typename T>
-LIPFAST_HD bool greater(T b, T a) {
-  return b > a;
-}
-template <int kInfinity>
-LIPFAST_HD bool greater(Half<kInfinity> b, Half<kInfinity> a) {
-  const int16_t magnitude_b = b.bits & 0x7fff, magnitude_a = a.bits & 0x7fff;
-  const int16_t order_b = b.bits >> 15 ? -magnitude_b : magnitude_b;
-  const int16_t order_a = a.bits >> 15 ? -magnitude_a : magnitude_a;
-  return (order_b > order_a) & (magnitude_b <= kInfinity) & (magnitude_a <= kInfinity);
-}
-
-template <typename T>
-LIPFAST_HD bool is_nan(T a) {
-  return a != a;
-}
-template <int kInfinity>
-LIPFAST_HD bool is_nan(Half<kInfinity> a) {
-  return (a.bits & 0x7fff) > kInfinity;
-}
+struct Raw {
+  using Element = T;
+};
 
 // The (max, min) of one pair, NaN in both if either is NaN; true if they were swapped.
 template <typename T>
-LIPFAST_HD bool order_pair(T a, T b, T& larger, T& smaller) {
-  const bool swap = greater(b, a);
-  const T high = swap ? b : a;
-  const T low = swap ? a : b;
-  larger = is_nan(b) ? b : high;
-  smaller = is_nan(a) ? a : low;
+LIPFAST_HD bool order_pair(Float<T>, T a, T b, T& larger, T& smaller) {
+  const bool swap = b > a;
+  larger = b != b ? b : swap ? b : a;
+  smaller = a != a ? a : swap ? a : b;
+  return swap;
+}
+template <int kInfinity>
+LIPFAST_HD bool order_pair(Half<kInfinity>, uint16_t a, uint16_t b, uint16_t& larger,
+                           uint16_t& smaller) {
+  const int16_t magnitude_a = a & 0x7fff, sign_a = int16_t(a) >> 15;
+  const int16_t magnitude_b = b & 0x7fff, sign_b = int16_t(b) >> 15;
+  const int16_t order_a = (magnitude_a ^ sign_a) - sign_a;
+  const int16_t order_b = (magnitude_b ^ sign_b) - sign_b;
+  const bool nan_a = magnitude_a > int16_t(kInfinity), nan_b = magnitude_b > int16_t(kInfinity);
+  const bool swap = (order_b > order_a) & !nan_a & !nan_b;
+  larger = (swap | nan_b) ? b : a;
+  smaller = (swap | nan_a) ? a : b;
   return swap;
 }
 

@@ -61,7 +61,7 @@ def set_backend(name: str | None) -> None:
     _forced = _checked(name, "backend")
 
 
-class backend:  # noqa: N801 - reads as a verb: with lipfast.backend("reference"): ...
+class backend:
     """Context manager that forces a backend as `set_backend` does, and restores the last setting.
 
     The setting belongs to the process, not to a thread.
@@ -149,9 +149,10 @@ def cuda_can_run(x: Tensor, *_: Any) -> str | None:
     device = torch.cuda.get_device_properties(x.device)
     if _compiled_for(device.major, device.minor):
         return None
+    arch = f"{device.major}{device.minor}"
     return (
-        f"lipfast._C holds code for {_extension.cuda_archs} and the GPU is "
-        f"sm_{device.major}{device.minor}: build with LIPFAST_CUDA_ARCHS={device.major}{device.minor}"
+        f"lipfast._C holds code for {_extension.cuda_archs} and the GPU is sm_{arch}: "
+        f"build with LIPFAST_CUDA_ARCHS={arch}"
     )
 
 

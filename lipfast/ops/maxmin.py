@@ -1,4 +1,4 @@
-"""Pairwise ordering of channels (MaxMin, GroupSort of groups of two; Anil et al. 2019, section 4)."""
+"""Pairwise ordering of channels: MaxMin, or GroupSort in groups of two (Anil et al. 2019)."""
 
 import math
 
@@ -135,6 +135,7 @@ def _backward_fake(grad: Tensor, mask: Tensor, channels_last: bool, backend: str
 def _save_mask(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, ctx.backend = inputs
     ctx.channels_last = _is_channels_last(x)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
