@@ -146,12 +146,9 @@ class _Run:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        # Buffers start equal and follow from the weights, which are equal on all ranks.
-        self.network: nn.Module = (
-            DistributedDataParallel(model, broadcast_buffers=False)
-            if loader.world_size > 1
-            else model
-        )
+        self.network: nn.Module = model
+        if loader.world_size > 1:
+            self.network = DistributedDataParallel(model)
 
     def epoch(self, epoch: int, bar: ProgressBar | None, path: Path | None) -> float:
         """Train for one epoch, counted from 0, and return its mean loss."""
@@ -187,18 +184,16 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = one_cycle(step, config.epochs * len(self.loader), config.lr)
         self.optimizer.zero_grad(set_to_none=True)
+        idle = len(y) == 0
+        if idle:
+            # Every rank has to take part, and not every layer of torch takes an empty batch.
+            x, y = x.new_zeros(1, *x.shape[1:]), y.new_zeros(1)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.autocast):
             scores = self.network(x)
-        share = (
-            margin_cross_entropy(
-                scores,
-                y,
-                offset=config.offset,
-                temperature=config.temperature,
-                reduction="sum",
-            )
-            / global_size
+        total = margin_cross_entropy(
+            scores, y, offset=config.offset, temperature=config.temperature, reduction="sum"
         )
+        share = total * (0 if idle else 1 / global_size)
         # DistributedDataParallel divides the sum of the gradients by the number of ranks.
         (share * self.loader.world_size).backward()
         self.optimizer.step()
