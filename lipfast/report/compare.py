@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,51 @@ from lipfast.training import train
 from lipfast.training.trainer import CHECKPOINT_NAME
 
 
-def compare(
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """Checked experiments, the folder they write to, and what an earlier run finished there."""
+
+    experiments: tuple[Experiment, ...]
+    out: Path
+    resume: bool
+    start: Comparison
+
+    def run(
+        self, *, progress: bool = False, log: Callable[[str], None] = print
+    ) -> tuple[Comparison, list[Path]]:
+        """Train, certify and measure one method after another, and write the report.
+
+        A method that fails (divergence, out of memory) keeps its reason, and the others go on.
+        After each method comparison.json is written; checkpoints are in one folder per method.
+
+        Args:
+            progress: show a progress bar in training.
+            log: called with one line before and after each method.
+
+        Returns:
+            The comparison, and the files of the report.
+        """
+        comparison = self.start
+        for place, experiment in enumerate(self.experiments, 1):
+            label = METHODS[experiment.method].label
+            prefix = f"[{place}/{len(self.experiments)}] {label}"
+            if any(r.method == experiment.method for r in comparison.finished):
+                log(f"{prefix}: kept from {self.out / RESULTS_FILE}")
+                continue
+            log(f"{prefix}: training, epochs: {experiment.recipe['epochs']}")
+            folder = self.out / experiment.method
+            try:
+                result = _measured(experiment, folder, self.resume, progress)
+            except (RuntimeError, ValueError, ArithmeticError) as error:
+                reason = str(error) or type(error).__name__
+                result = MethodResult(experiment.method, label, error=reason)
+            comparison = _with_result(comparison, result)
+            comparison.save(self.out / RESULTS_FILE)
+            log(f"{prefix}: {_summary(result)}")
+        return comparison, write_report(comparison, self.out)
+
+
+def plan_comparison(
     dataset: str,
     methods: Sequence[str],
     out: Path | str,
@@ -37,17 +81,12 @@ def compare(
     seed: int = 0,
     device: str = "cpu",
     resume: bool = False,
-    progress: bool = False,
-    log: Callable[[str], None] = print,
-) -> tuple[Comparison, list[Path]]:
-    """Train, certify and measure methods one after another, and write the report.
-
-    A method that fails (divergence, out of memory) keeps its reason, and the others go on. After
-    each method `out`/comparison.json is written; checkpoints are in `out`/<method>.
+) -> ComparisonPlan:
+    """Load the data and check everything that can be wrong before anything is trained.
 
     Args:
         dataset: a name of `lipfast.data.NAMES`.
-        methods: keys of `lipfast.nn.METHODS`.
+        methods: keys of `lipfast.nn.METHODS`; they run in the order of that table.
         out: folder of the report, made when missing; what it holds of an earlier run is replaced.
         data_root: folder of the data set; see `lipfast.data.load`.
         size: of the network, XS to L; None for that of the recipe.
@@ -55,11 +94,6 @@ def compare(
         seed: of weights, order and augmentation.
         device: where to train.
         resume: keep the methods that finished in `out`, and go on where the others stopped.
-        progress: show a progress bar in training.
-        log: called with one line before and after each method.
-
-    Returns:
-        The comparison, and the files of the report.
 
     Raises:
         ValueError: unknown data set, method or size; an argument out of range; the folder to
@@ -68,20 +102,11 @@ def compare(
     """
     out = Path(out)
     experiments = _experiments(dataset, methods, data_root, size, epochs, seed, device)
-    comparison = _empty(dataset, seed, device, experiments)
+    start = _empty(dataset, seed, device, experiments)
     if resume and (out / RESULTS_FILE).exists():
-        comparison = _resumed(Comparison.load(out / RESULTS_FILE), comparison, out)
-    for place, experiment in enumerate(experiments, 1):
-        prefix = f"[{place}/{len(experiments)}] {METHODS[experiment.method].label}"
-        if any(r.method == experiment.method for r in comparison.finished):
-            log(f"{prefix}: kept from {out / RESULTS_FILE}")
-            continue
-        log(f"{prefix}: {experiment.recipe['epochs']} epochs")
-        result = _result(experiment, out / experiment.method, resume, progress)
-        comparison = _with_result(comparison, result)
-        comparison.save(out / RESULTS_FILE)
-        log(f"{prefix}: {_summary(result)}")
-    return comparison, write_report(comparison, out)
+        start = _resumed(Comparison.load(out / RESULTS_FILE), start, out)
+    out.mkdir(parents=True, exist_ok=True)
+    return ComparisonPlan(experiments, out, resume, start)
 
 
 def _experiments(
@@ -92,7 +117,7 @@ def _experiments(
     epochs: int | None,
     seed: int,
     device: str,
-) -> list[Experiment]:
+) -> tuple[Experiment, ...]:
     """One checked experiment per method, in the order of `METHODS`."""
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods:
@@ -102,7 +127,7 @@ def _experiments(
     chosen = [m for m in METHODS if m in methods]
     recipes = {m: adapted_recipe(dataset, m, size=size, epochs=epochs) for m in chosen}
     sets = load(dataset, data_root)
-    experiments = [Experiment(m, recipes[m], *sets, seed, device) for m in chosen]
+    experiments = tuple(Experiment(m, recipes[m], *sets, seed, device) for m in chosen)
     for experiment in experiments:
         experiment.config()
     experiments[0].model()
@@ -152,18 +177,7 @@ def _with_result(comparison: Comparison, result: MethodResult) -> Comparison:
     return replace(comparison, results=ordered)
 
 
-def _result(experiment: Experiment, folder: Path, resume: bool, progress: bool) -> MethodResult:
-    label = METHODS[experiment.method].label
-    try:
-        return _measured(experiment, label, folder, resume, progress)
-    except (RuntimeError, ValueError, ArithmeticError) as error:
-        reason = str(error) or type(error).__name__
-        return MethodResult(experiment.method, label, error=reason)
-
-
-def _measured(
-    experiment: Experiment, label: str, folder: Path, resume: bool, progress: bool
-) -> MethodResult:
+def _measured(experiment: Experiment, folder: Path, resume: bool, progress: bool) -> MethodResult:
     train_loader, test_loader = experiment.train_loader(), experiment.test_loader()
     x, y = next(iter(train_loader))
     train_memory = training_memory_bytes(experiment.model(), x, y)
@@ -182,7 +196,7 @@ def _measured(
     x, _ = next(iter(test_loader))
     return MethodResult(
         method=experiment.method,
-        label=label,
+        label=METHODS[experiment.method].label,
         n_parameters=sum(p.numel() for p in model.parameters()),
         epochs=trained.epochs,
         train_seconds=trained.seconds,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
+_BOUNDS = ("lipschitz_bound", "layer_bound_max")
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,8 @@ class Comparison:
                 {"radius": radius, "accuracy": value}
                 for radius, value in result["certified"].items()
             ]
-            for key, value in result.items():
-                if isinstance(value, float) and not math.isfinite(value):
-                    result[key] = str(value)
+            for key in _BOUNDS:
+                result[key] = json_number(result[key])
         return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
     @classmethod
@@ -123,10 +123,15 @@ class Comparison:
             raise ValueError(f"{path}: {error}") from error
 
 
+def json_number(value: float | None) -> float | str | None:
+    """Return a number as JSON can hold it: "inf", "-inf" and "nan" are texts that float() reads."""
+    return value if value is None or math.isfinite(value) else str(value)
+
+
 def _result_from(entry: dict[str, Any]) -> MethodResult:
     fields = dict(entry)
     fields["certified"] = {float(c["radius"]): float(c["accuracy"]) for c in entry["certified"]}
-    for key in ("lipschitz_bound", "layer_bound_max"):
+    for key in _BOUNDS:
         if isinstance(fields.get(key), str):
             fields[key] = float(fields[key])
     return MethodResult(**fields)

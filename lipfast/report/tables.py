@@ -28,6 +28,7 @@ def terminal_table(comparison: Comparison) -> Table:
     It fits in 80 columns. A failed method keeps its row; reasons stand in `failure_lines`.
     """
     from rich.table import Table
+    from rich.text import Text
 
     metrics = all_metrics(comparison)
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
@@ -41,8 +42,8 @@ def terminal_table(comparison: Comparison) -> Table:
             continue
         cells = []
         for metric in metrics:
-            text = metric.text(result)
-            cells.append(f"[bold]{text}[/bold]" if is_best(metric, result, comparison) else text)
+            style = "bold" if is_best(metric, result, comparison) else ""
+            cells.append(Text(metric.text(result), style=style))
         table.add_row(result.label, parameter_count(result.n_parameters), *cells)
     return table
 

@@ -1,0 +1,5 @@
+"""`python -m lipfast`: the `lipfast` command."""
+
+from lipfast.cli import main
+
+main()

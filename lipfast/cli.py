@@ -1,0 +1,295 @@
+"""The `lipfast` command: info, train, certify, compare."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from lipfast.report.experiment import Experiment
+
+PLAIN_WIDTH = 120
+
+app = typer.Typer(
+    help="Train, certify and compare 1-Lipschitz networks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DataOption = Annotated[
+    str, typer.Option("--data", help="digits, cifar10, cifar100 or tiny-imagenet.")
+]
+RootOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the data set. [default: $LIPFAST_DATA, else ./data]"),
+]
+SizeOption = Annotated[
+    str | None, typer.Option(help="Network size XS, S, M or L. [default: the recipe's]")
+]
+EpochsOption = Annotated[int | None, typer.Option(help="[default: the recipe's]")]
+SeedOption = Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")
+]
+
+
+def main() -> None:
+    """Run the command line of this process."""
+    app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import lipfast
+
+        _console().print(f"lipfast {lipfast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def info() -> None:
+    """Show what was built, which backends can run here, and why the others cannot."""
+    import lipfast.ops  # noqa: F401  (its import registers the ops)
+    from lipfast import backends
+    from lipfast.report.info import info_tables
+
+    console = _console()
+    for title, table in info_tables(backends.info()).items():
+        console.print(title, style="bold")
+        console.print(table)
+        console.print()
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Option(help="aol, bcop, cayley, cpl, lot, sll or soc.")],
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Folder of the checkpoint.")],
+    data_root: RootOption = None,
+    size: SizeOption = None,
+    epochs: EpochsOption = None,
+    lr: Annotated[float | None, typer.Option(help="[default: the recipe's]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="[default: the recipe's]")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Over all processes. [default: the recipe's]")
+    ] = None,
+    seed: SeedOption = 0,
+    autocast: Annotated[bool, typer.Option("--autocast", help="bfloat16 convolutions.")] = False,
+    device: DeviceOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint.")] = False,
+) -> None:
+    """Train one network, by default with the recipe of its data set and method.
+
+    Runs under torchrun too: the batch is then shared by the processes.
+    """
+    from lipfast.data import load
+    from lipfast.report.experiment import Experiment, adapted_recipe, available_device
+    from lipfast.training import TrainingDiverged, distributed_from_env
+    from lipfast.training import train as run
+    from lipfast.training.trainer import CHECKPOINT_NAME
+
+    with _user_errors():
+        recipe = adapted_recipe(
+            data,
+            method,
+            size=size,
+            epochs=epochs,
+            lr=lr,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+        )
+        device = available_device(device)
+        sets = load(data, data_root)
+    with distributed_from_env(device) as world:
+        with _user_errors():
+            experiment = Experiment(
+                method,
+                recipe,
+                *sets,
+                seed,
+                world.device,
+                autocast,
+                rank=world.rank,
+                world_size=world.world_size,
+            )
+            config, model, loader = (
+                experiment.config(),
+                experiment.model(),
+                experiment.train_loader(),
+            )
+            if world.rank == 0:
+                out.mkdir(parents=True, exist_ok=True)
+        console = _console(quiet=world.rank != 0)
+        console.print(_headline(experiment))
+        bar = console.is_terminal
+
+        def show(epoch: int, loss: float) -> None:
+            console.print(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}")
+
+        try:
+            with _user_errors() if resume else nullcontext():
+                result = run(
+                    model,
+                    loader,
+                    config,
+                    checkpoint_dir=out,
+                    resume=resume,
+                    progress=bar,
+                    on_epoch=None if bar else show,
+                )
+        except TrainingDiverged as error:
+            raise _failure(str(error), code=1) from None
+        console.print(
+            f"{result.epochs} epochs in {result.seconds:.1f} s, "
+            f"{result.seconds_per_epoch:.3g} s per epoch, loss {result.losses[-1]:.4f}"
+        )
+        console.print(f"checkpoint: {out / CHECKPOINT_NAME}", soft_wrap=True)
+
+
+@app.command()
+def certify(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint that lipfast train wrote.")],
+    data: DataOption,
+    data_root: RootOption = None,
+    radius: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="l2 radius, pixels in [0, 1], such as 36/255; may be repeated. "
+            "[default: 36/255, 72/255, 108/255, 1]"
+        ),
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures to this file.")] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Test and certify a trained network: accuracies and proved Lipschitz bounds."""
+    from lipfast.certify import RADII, report
+    from lipfast.report.certification import (
+        certification_json,
+        certification_lines,
+        checkpoint_loader,
+    )
+    from lipfast.report.experiment import available_device
+    from lipfast.report.radii import parse_radius
+    from lipfast.training import load_model
+
+    with _user_errors():
+        radii = [parse_radius(text) for text in radius] if radius else list(RADII)
+        device = available_device(device)
+        model, metadata = load_model(checkpoint)
+        loader = checkpoint_loader(model, metadata, data, data_root, device)
+        found = report(model.to(device), loader, radii=radii)
+    console = _console()
+    for line in certification_lines(found):
+        console.print(line, soft_wrap=True)
+    if json is not None:
+        with _user_errors():
+            json.parent.mkdir(parents=True, exist_ok=True)
+            json.write_text(certification_json(found, str(checkpoint), data), encoding="utf-8")
+
+
+@app.command()
+def compare(
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="Folder of the report and the checkpoints.")],
+    methods: Annotated[str, typer.Option(help="all, or names with commas: aol,soc.")] = "all",
+    data_root: RootOption = None,
+    size: SizeOption = None,
+    epochs: EpochsOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep what finished in the folder.")
+    ] = False,
+) -> None:
+    """Train, certify and measure several methods; write tables, plots and an HTML page."""
+    from lipfast.nn import METHODS
+    from lipfast.report.compare import plan_comparison
+    from lipfast.report.experiment import available_device
+    from lipfast.report.metrics import bound_text
+    from lipfast.report.tables import failure_lines, terminal_table
+
+    console = _console()
+    names = list(METHODS) if methods == "all" else [m.strip() for m in methods.split(",")]
+    with _user_errors():
+        plan = plan_comparison(
+            data,
+            names,
+            out,
+            data_root=data_root,
+            size=size,
+            epochs=epochs,
+            seed=seed,
+            device=available_device(device),
+            resume=resume,
+        )
+    comparison, files = plan.run(
+        progress=console.is_terminal,
+        log=lambda line: console.print(line, soft_wrap=True),
+    )
+    console.print()
+    console.print(terminal_table(comparison))
+    console.print()
+    if comparison.finished:
+        worst = max(comparison.finished, key=lambda r: r.layer_bound_max or 0.0)
+        console.print(f"largest layer bound: {bound_text(worst.layer_bound_max)} ({worst.label})")
+    for file in files:
+        console.print(str(file), soft_wrap=True)
+    failures = failure_lines(comparison)
+    for line in failures:
+        _print_error(line)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _headline(experiment: Experiment) -> str:
+    recipe = experiment.recipe
+    return (
+        f"{experiment.method} on {experiment.train_set.name}, {experiment.device}: "
+        f"{recipe['epochs']} epochs, batch size {recipe['batch_size']}, "
+        f"learning rate {recipe['lr']:g}, weight decay {recipe['weight_decay']:g}"
+    )
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn the errors that user input causes into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise _failure(str(error), code=2) from None
+
+
+def _failure(message: str, *, code: int) -> typer.Exit:
+    _print_error(message)
+    return typer.Exit(code)
+
+
+def _print_error(message: str) -> None:
+    line = f"error: {' '.join(message.split())}"
+    _console(stderr=True).print(line, style="red", soft_wrap=True)
+
+
+def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else PLAIN_WIDTH
+    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, width=width)
