@@ -1,0 +1,70 @@
+"""The paper's network: sizes, shapes, parameters, arguments."""
+
+import pytest
+import torch
+
+from lipfast import nn as lnn
+from lipfast.models import SIZES, ConvNet
+
+
+@pytest.mark.parametrize(("size", "millions"), [("XS", 1.57), ("S", 6.28), ("M", 25.12)])
+def test_parameter_counts_are_those_of_the_paper(size, millions):
+    with torch.device("meta"):
+        net = ConvNet("aol", size)
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
+    assert SIZES == {"XS": 16, "S": 32, "M": 64, "L": 128}
+
+
+@pytest.mark.parametrize("method", list(lnn.METHODS))
+@pytest.mark.parametrize(
+    ("input_size", "kwargs", "n_classes"),
+    [((1, 8, 8), {"width": 8, "layers_per_block": 1}, 10), ((3, 4, 4), {"width": 4}, 7)],
+)
+def test_scores_of_small_networks(method, input_size, kwargs, n_classes):
+    torch.manual_seed(0)
+    net = ConvNet(method, input_size=input_size, n_classes=n_classes, **kwargs)
+    y = net(torch.randn(5, *input_size))
+    assert y.shape == (5, n_classes)
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    again = ConvNet(**{**net.config, "input_size": tuple(net.config["input_size"])})
+    again.load_state_dict(net.state_dict())
+
+
+def test_blocks_follow_the_map_and_the_last_has_kernel_one():
+    net = ConvNet("aol", "XS")
+    convs = [m for m in net.modules() if isinstance(m, lnn.AOLConv2d)]
+    assert [c.kernel_size[0] for c in convs] == [1] + [3] * 20 + [1] * 5
+    assert [c.out_channels for c in convs[1::5]] == [16, 32, 64, 128, 256]
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    tiny = ConvNet("aol", "XS", n_classes=200, input_size=(3, 64, 64))
+    convs = [m for m in tiny.modules() if isinstance(m, lnn.AOLConv2d)]
+    assert [c.out_channels for c in convs[1::5]] == [8, 16, 32, 64, 128, 256]
+    assert tiny(torch.randn(1, 3, 64, 64)).shape == (1, 200)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "aoc"}, "method: expected one of aol, bcop"),
+        ({"size": "XXL"}, "size: expected one of XS, S, M, L, got 'XXL'"),
+        ({"size": None}, "size: expected one of"),
+        ({"width": 15}, "width: expected an even number"),
+        ({"n_classes": 1}, "n_classes: expected 2 to 512, got 1"),
+        ({"n_classes": 513}, "n_classes: expected 2 to 512"),
+        ({"input_size": (3, 28, 28)}, "input_size: expected a square map, a power of two"),
+        ({"input_size": (3, 32, 16)}, "input_size: expected a square map"),
+        ({"input_size": (17, 32, 32)}, "input_size: expected at most 16 channels"),
+        ({"layers_per_block": 0}, "layers_per_block: expected at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ConvNet(**{"method": "aol", **arguments})
+
+
+def test_an_input_of_another_shape_is_refused():
+    net = ConvNet("aol", input_size=(1, 8, 8), width=4, layers_per_block=1)
+    for shape in [(2, 1, 16, 16), (1, 8, 8), (2, 3, 8, 8)]:
+        with pytest.raises(ValueError, match=r"input: expected \(n, \*\(1, 8, 8\)\)"):
+            net(torch.randn(shape))
