@@ -71,6 +71,14 @@ def test_stale_cache_is_replaced(folder):
     assert after != before
 
 
+def test_touched_image_is_decoded_again(folder):
+    load("tiny-imagenet", folder.parent)
+    before = set(folder.glob("lipfast-val-*.npy"))
+    os.utime(folder / "val" / "images" / "val_0.JPEG", ns=(1, 1))
+    load("tiny-imagenet", folder.parent)
+    assert before.isdisjoint(folder.glob("lipfast-val-*.npy"))
+
+
 def test_broken_cache_is_rebuilt(folder):
     first, _ = load("tiny-imagenet", folder.parent)
     (cache,) = folder.glob("lipfast-train-*.npy")
