@@ -48,21 +48,23 @@ def schatten_bound(matrix: Tensor, *, squarings: int = 5) -> Tensor:
         squarings: number of squarings of the Gram matrix, the first product counted.
 
     Returns:
-        Real tensor (...); 0 for a zero matrix.
+        Real tensor (...); 0 for a zero matrix, NaN for one that is not finite.
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         matrix = matrix.mH
-    power = matrix
-    log_norm = torch.zeros(matrix.shape[:-2], device=matrix.device, dtype=matrix.real.dtype)
+    largest = matrix.detach().abs().amax(dim=(-2, -1))
+    zero = largest == 0
+    largest = torch.where(zero, 1, largest)
+    power = matrix / largest[..., None, None]
+    log_norm = largest.log()
     for step in range(squarings + 1):
         norm = torch.linalg.matrix_norm(power)
-        safe = torch.where(norm > 0, norm, torch.ones_like(norm))
+        safe = torch.where(zero, 1, norm)
         log_norm = log_norm + safe.log() / 2**step
         power = power / safe[..., None, None]
         if step < squarings:
             power = power @ power.mH
-    zero = torch.linalg.matrix_norm(matrix) == 0
-    return torch.where(zero, torch.zeros_like(log_norm), log_norm.exp())
+    return torch.where(zero, 0, log_norm.exp())
 
 
 def unfolding_bound(kernel: Tensor, *, skew: bool = False, squarings: int = 5) -> Tensor:
