@@ -54,18 +54,21 @@ def lipschitz_bound(model: nn.Module) -> float:
     return _chain_bound("", model)
 
 
-def _chain_bound(name: str, module: nn.Module) -> float:
+def _chain_bound(name: str, module: nn.Module | None) -> float:
     if isinstance(module, nn.Sequential):
-        parts = (_chain_bound(f"{name}.{key}".lstrip("."), m) for key, m in module.named_children())
-        return math.prod(parts)
+        # not named_children(), which skips a layer that stands in the chain a second time
+        parts = module._modules.items()
+        return math.prod(_chain_bound(f"{name}.{key}".lstrip("."), m) for key, m in parts)
     if isinstance(module, _NONEXPANSIVE):
         return 1.0
     return _layer_bound(name, module)
 
 
-def _layer_bound(name: str, module: nn.Module) -> float:
+def _layer_bound(name: str, module: nn.Module | None) -> float:
     if isinstance(module, LipschitzModule):
         return module.lipschitz_bound()
+    if isinstance(module, nn.Linear | nn.Conv2d) and not bool(module.weight.isfinite().all()):
+        raise ValueError(f"{name}.weight: expected finite values, got NaN or Inf")
     if isinstance(module, nn.Linear):
         weight = module.weight.detach().double()
         return float(reference.schatten_bound(weight, squarings=11))
