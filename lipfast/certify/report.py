@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,16 +70,26 @@ def report(
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute float32 products in float32: no autocast, no TF32, no bfloat16 passes."""
-    matmul = torch.get_float32_matmul_precision()
-    cudnn = torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    switches = [(owner, name, getattr(owner, name)) for owner, name in _precision_switches()]
+    for owner, name, value in switches:
+        setattr(owner, name, "ieee" if isinstance(value, str) else False)
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = cudnn
+        for owner, name, value in switches:
+            setattr(owner, name, value)
+
+
+def _precision_switches() -> list[tuple[Any, str]]:
+    """Where torch keeps the precision of float32 products, the general settings first."""
+    backends = torch.backends
+    if not hasattr(backends.cudnn, "fp32_precision"):  # torch < 2.9
+        return [(backends.cuda.matmul, "allow_tf32"), (backends.cudnn, "allow_tf32")]
+    owners: list[Any] = [backends, backends.cuda.matmul]
+    for library in (backends.cudnn, backends.mkldnn):
+        owners += [library, library.conv, library.rnn]
+    return [(owner, "fp32_precision") for owner in [*owners, backends.mkldnn.matmul]]
 
 
 def _predict(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -101,5 +112,5 @@ def _predict(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple
 
 def _split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
     if isinstance(model, nn.Sequential) and len(model) > 1 and isinstance(model[-1], nn.Linear):
-        return nn.Sequential(*list(model.children())[:-1]), model[-1]
+        return nn.Sequential(*list(model)[:-1]), model[-1]
     return model, None
