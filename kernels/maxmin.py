@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK = 1024  # pairs of one program; a multiple of 8, so that no mask byte has two writers
+_NARROW_ELEMENTS = 2**31  # fewer than these have 32-bit offsets
 
 
 def maxmin_forward(x: Tensor, y: Tensor, mask: Tensor, *, channels_last: bool) -> None:
@@ -40,7 +41,7 @@ def _launch(kernel, x: Tensor, y: Tensor, mask: Tensor, channels_last: bool) -> 
         positions // x.shape[0],
         CHANNELS_LAST=channels_last,
         ODD=channels % 2 == 1,
-        WIDE=x.numel() >= 2**31,
+        WIDE=x.numel() >= _NARROW_ELEMENTS,
         BLOCK=_BLOCK,
     )
 

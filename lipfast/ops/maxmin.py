@@ -88,9 +88,14 @@ def _forward(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _backward(grad: Tensor, mask: Tensor, channels_last: bool, backend: str) -> Tensor:
+    if mask.dtype != torch.uint8 or mask.shape != (_mask_bytes(grad),):
+        raise ValueError(
+            f"maxmin_backward: mask must hold {_mask_bytes(grad)} uint8, "
+            f"got {tuple(mask.shape)} {mask.dtype}"
+        )
     grad = _to_layout(grad, channels_last)
     out = torch.empty_like(grad)
-    _run("maxmin_backward", grad, out, mask, channels_last, backend)
+    _run("maxmin_backward", grad, out, mask.contiguous(), channels_last, backend)
     return out
 
 
@@ -145,7 +150,9 @@ def _save_mask_again(ctx, inputs, output) -> None:  # type: ignore[no-untyped-de
 
 
 # Swapping by a given mask is its own adjoint, so this is the derivative of the backward pass too.
-def _swap_gradient(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _swap_gradient(ctx, grad: Tensor | None) -> Tensor | None:  # type: ignore[no-untyped-def]
+    if grad is None:
+        return None
     (mask,) = ctx.saved_tensors
     return torch.ops.lipfast.maxmin_backward(grad, mask, ctx.channels_last, ctx.backend)
 

@@ -1,0 +1,31 @@
+"""What every test may use: GPU tests are skipped without a GPU, and outputs can be poisoned."""
+
+import os
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "no CUDA GPU is available"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        reasons["interpreter"] = "needs TRITON_INTERPRET=1"
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def poisoned_empty():
+    """Fill whatever torch.empty and empty_like return: an output left unwritten shows as NaN."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
