@@ -19,8 +19,8 @@ INNER, OUTER = 0.25, 1.0
 MINIMUM_RATIO = 2.0
 MINIMUM_DIFFERENCE = 5.0
 SCALE_NOTE = (
-    "Outward is better. The values of an axis are those at the inner → outer ring: worst → best "
-    "method.\nTimes and memory on a logarithmic scale that spans at least a factor of 2, "
+    "Outward is better: the outer ring is the best method. Each axis names the values at its inner "
+    "→ outer ring.\nTimes and memory on a logarithmic scale that spans at least a factor of 2, "
     "accuracies on a linear one that spans at least 5 points."
 )
 
