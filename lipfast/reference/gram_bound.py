@@ -33,10 +33,10 @@ def aol_rescale(weight: Tensor, *, epsilon: float | Tensor = 1e-6) -> Tensor:
 
     `weight` (out, in, kh, kw) scaled by d along the input channels has spectral norm at most 1.
     """
-    return inverse_or_zero((gram_bound(weight) + epsilon).sqrt())
+    return inverse_or_zero(gram_bound(weight) + epsilon, power=0.5)
 
 
-def inverse_or_zero(value: Tensor) -> Tensor:
-    """Return 1 / value, and 0 with a zero gradient where `value` is not positive."""
+def inverse_or_zero(value: Tensor, *, power: float = 1.0) -> Tensor:
+    """Return value^(-power), and 0 with a zero gradient where `value` is not positive."""
     positive = value > 0
-    return torch.where(positive, 1 / torch.where(positive, value, 1), 0)
+    return torch.where(positive, torch.where(positive, value, 1) ** -power, 0)
