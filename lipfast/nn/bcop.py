@@ -96,7 +96,7 @@ class BCOPLinear(KernelModule, LipschitzLinear):
 
 def _orthogonalise(matrices: Tensor) -> Tensor:
     """Bjorck steps from the matrix divided by an upper bound of its norm, a constant."""
-    scaled, _ = reference.unit_scale(matrices)
+    scaled, _ = reference.unit_scale(matrices, dim=(-2, -1))
     norm = reference.schatten_bound(scaled.detach())
     scaled = scaled * reference.inverse_or_zero(norm)[..., None, None]
     return reference.bjorck(scaled, iterations=_ITERATIONS)

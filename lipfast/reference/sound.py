@@ -7,13 +7,16 @@ from .conv_norm import schatten_bound
 from .gram_bound import gram_bound
 
 
-def unit_scale(weight: Tensor, *, minimum: float = 0.0) -> tuple[Tensor, Tensor]:
+def unit_scale(
+    weight: Tensor, *, minimum: float = 0.0, dim: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
     """Return weight / s and s = max(largest entry, minimum), s = 1 for a zero weight.
 
     A constant for the gradient: meant for maps that do not depend on s in exact arithmetic, so
-    that squares of very large or very small weights neither overflow nor vanish.
+    that squares of very large or very small weights neither overflow nor vanish. With `dim`, one s
+    for each slice along these axes, which are kept.
     """
-    scale = weight.detach().abs().amax().clamp_min(minimum)
+    scale = weight.detach().abs().amax(dim, keepdim=bool(dim)).clamp_min(minimum)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return weight / scale, scale
 
@@ -40,7 +43,8 @@ def contract(matrix: Tensor) -> tuple[Tensor, Tensor]:
     scaled = torch.where(above, 1 / torch.where(above, norm, 1), 1)[..., None, None] * matrix
     contracted = 1.5 * scaled - 0.5 * (scaled @ scaled.mH) @ scaled
     bound = torch.where(norm < 1, 1.5 * norm - 0.5 * norm**3, torch.ones_like(norm)).amax()
-    rounding = 16 * (matrix.shape[-1] + 2) * torch.finfo(norm.dtype).eps
+    # the two products are off by (n + 2) eps times Frobenius norms, at most 2 sqrt(m) each
+    rounding = 16 * matrix.shape[-2] * (matrix.shape[-1] + 2) * torch.finfo(norm.dtype).eps
     return contracted, bound + rounding
 
 
