@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class SoundWeights(NamedTuple):
@@ -24,15 +25,26 @@ class _CacheEntry(NamedTuple):
 
 class _Source(NamedTuple):
     parameter: "weakref.ref[Tensor]"
-    state: tuple[int, int, torch.device, torch.dtype]
+    state: tuple[int, int, int, torch.device, torch.dtype]
 
     @classmethod
     def of(cls, parameter: Tensor) -> "_Source":
-        state = (parameter._version, parameter.data_ptr(), parameter.device, parameter.dtype)
-        return cls(weakref.ref(parameter), state)
+        place = (parameter.data_ptr(), parameter.device, parameter.dtype)
+        return cls(weakref.ref(parameter), (_optimizer_steps, parameter._version, *place))
 
     def is_unchanged(self, parameter: Tensor) -> bool:
         return self.parameter() is parameter and self.state == _Source.of(parameter).state
+
+
+_optimizer_steps = 0  # fused optimizers write parameters without counting it in `_version`
+
+
+def _count_optimizer_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 class LipschitzModule(nn.Module):
