@@ -7,9 +7,10 @@ from .loss import margin_cross_entropy
 from .memory import saved_for_backward_bytes
 from .recipes import Recipe, recipe
 from .schedule import one_cycle
-from .trainer import TrainingDiverged, TrainResult, train
+from .trainer import CHECKPOINT_NAME, TrainingDiverged, TrainResult, train
 
 __all__ = [
+    "CHECKPOINT_NAME",
     "Checkpoint",
     "Recipe",
     "TrainConfig",
