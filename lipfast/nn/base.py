@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +26,14 @@ class _CacheEntry(NamedTuple):
 
 class _Source(NamedTuple):
     parameter: "weakref.ref[Tensor]"
-    state: tuple[int, int, int, torch.device, torch.dtype]
+    state: tuple[int, float, int, torch.device, torch.dtype]
 
     @classmethod
     def of(cls, parameter: Tensor) -> "_Source":
         place = (parameter.data_ptr(), parameter.device, parameter.dtype)
-        return cls(weakref.ref(parameter), (_optimizer_steps, parameter._version, *place))
+        # an inference tensor counts no versions: NaN equals nothing, so it is never unchanged
+        version = float("nan") if parameter.is_inference() else parameter._version
+        return cls(weakref.ref(parameter), (_optimizer_steps, version, *place))
 
     def is_unchanged(self, parameter: Tensor) -> bool:
         return self.parameter() is parameter and self.state == _Source.of(parameter).state
@@ -124,6 +127,10 @@ class LipschitzModule(nn.Module):
         self._cache = None
         return super()._apply(fn, recurse)  # type: ignore[no-any-return]
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache = None  # its weak references would forbid swapping the parameters
+        super()._load_from_state_dict(*args, **kwargs)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None}
 
@@ -150,11 +157,11 @@ class LipschitzModule(nn.Module):
     def _weights(self, map_size: tuple[int, int], x: Tensor) -> tuple[Tensor, ...]:
         self._last_map_size = map_size
         if not self.training:
-            return self._sound(map_size).weights
-        with torch.autocast(self.weight.device.type, enabled=False):
+            return self._sound(self._map_size(map_size)).weights
+        with no_autocast(self.weight):
             self._check_finite(on_device=False)
             weights = self._training_weights(map_size)
-        if torch.is_autocast_enabled(x.device.type):
+        if _is_autocast(x):
             return weights
         return tuple(weight.to(_like(x.dtype, weight)) for weight in weights)
 
@@ -176,12 +183,7 @@ class LipschitzModule(nn.Module):
         return entry.sound
 
     def _build_sound(self, map_size: tuple[int, int]) -> SoundWeights:
-        device = self.weight.device.type
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device, enabled=False),
-        ):
+        with torch.inference_mode(False), torch.no_grad(), no_autocast(self.weight):
             return self._sound_weights(map_size)
 
     def _map_size(self, input_size: tuple[int, int] | None) -> tuple[int, int]:
@@ -224,11 +226,23 @@ class LipschitzModule(nn.Module):
             )
         if x.dtype == self.weight.dtype:
             return
-        if not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        if not (x.is_floating_point() and x.dtype != torch.float64 and _is_autocast(x)):
             raise TypeError(
                 f"input: expected dtype {self.weight.dtype} as the weight (or autocast), "
                 f"got {x.dtype}"
             )
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off on the device of `x`, where that device has it (meta has not)."""
+    device = x.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
+
+
+def _is_autocast(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _like(dtype: torch.dtype, weight: Tensor) -> torch.dtype:

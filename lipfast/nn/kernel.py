@@ -22,7 +22,7 @@ class KernelModule(LipschitzModule):
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
         """Return the kernel (out, in, kh, kw), or matrix (out, in), used in evaluation mode."""
         (kernel,) = self._sound(self._map_size(input_size)).weights
-        return kernel.flatten(1) if isinstance(self, LipschitzLinear) else kernel
+        return (kernel.flatten(1) if isinstance(self, LipschitzLinear) else kernel).clone()
 
     def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
         return plain_kernel(self, weights[0], self.bias)

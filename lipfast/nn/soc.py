@@ -141,8 +141,8 @@ class _PlainSkewExp(nn.Module):
         self.terms, self.outputs = module.eval_terms, module.out_channels
         self.extra = kernel.shape[0] - module.in_channels
         self.supremum = reference.taylor_supremum(module.eval_terms, module._norm_limit)
-        bias = torch.zeros(1) if module.bias is None else module.bias.detach()[:, None, None]
-        self.register_buffer("bias", bias.clone())
+        bias = kernel.new_zeros(1) if module.bias is None else module.bias.detach()
+        self.register_buffer("bias", bias[:, None, None].clone())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.extra:

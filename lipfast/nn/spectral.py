@@ -6,7 +6,7 @@ from torch import Tensor, fx, nn
 
 from lipfast import reference
 
-from .base import SoundWeights
+from .base import SoundWeights, no_autocast
 from .kernel import KernelModule, as_kernel, plain_kernel
 
 
@@ -59,7 +59,7 @@ class SpectralModule(KernelModule):
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         if not self._depends_on_map_size:
             return super()._run(x, weights)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             real = weights[0].real.dtype
             y = _padded_fourier_conv(x.to(real), weights[0], self._padding()).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
@@ -95,10 +95,10 @@ class _PlainFourier(nn.Module):
         self.padding = module._padding()
         h, w = module._grid(map_size)
         shape = (h, w // 2 + 1, module.out_channels, module.in_channels)
-        self.register_buffer("spectrum", spectrum.reshape(shape))
+        self.register_buffer("spectrum", spectrum.reshape(shape).clone())
         self.size = (h, w)
-        bias = torch.zeros(1) if module.bias is None else module.bias.detach()[:, None, None]
-        self.register_buffer("bias", bias.clone())
+        bias = spectrum.real.new_zeros(1) if module.bias is None else module.bias.detach()
+        self.register_buffer("bias", bias[:, None, None].clone())
 
     def forward(self, x: Tensor) -> Tensor:
         ph, pw = self.padding
