@@ -22,10 +22,12 @@ class _AOL(KernelModule):
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         weight, scale = reference.unit_scale(self._kernel_parameter().double(), minimum=1.0)
         rescaling = _rescale(weight, scale)
-        unit = torch.finfo(self.weight.dtype).eps / 2
-        kernel = (weight * rescaling[:, None, None] / (1 + unit)).to(self.weight.dtype)
+        kernel = weight * rescaling[:, None, None]
         q = torch.where(rescaling > 0, 1 / rescaling, 1)
-        return SoundWeights((kernel,), reference.gram_norm_bound(kernel.double(), q))
+        bound = reference.gram_norm_bound(kernel, q)
+        kernel, bound = reference.round_contraction(kernel, bound, self.weight.dtype)
+        bound = torch.minimum(bound, reference.gram_norm_bound(kernel.double(), q))
+        return SoundWeights((kernel,), bound)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
