@@ -17,24 +17,27 @@ def power_iteration(
 ) -> tuple[Tensor, Tensor]:
     """Return an estimate of the norm of a convolution and the next start vector (CPL, algorithm 1).
 
-    The estimate never exceeds the norm and may lie far below it: it proves nothing.
+    The estimate never exceeds the norm and may lie far below it: it proves nothing. A start vector
+    that the convolution maps to 0 is replaced by a fixed one.
 
     Args:
         kernel: (out, in, kh, kw), odd kh and kw.
-        vector: start vector (1, in, h, w), any length but 0; no gradient flows into it.
+        vector: start vector (1, in, h, w), any length; no gradient flows into it.
         padding_mode: "zeros" or "circular".
-        steps: how often v <- normalised W^T W v.
+        steps: how often v <- normalised W^T W v, at least once.
 
     Returns:
         norm(W v), differentiable with respect to the kernel, and v.
     """
     vector = vector.detach()
     with torch.no_grad():
+        other = torch.arange(vector.numel(), device=vector.device, dtype=vector.dtype).cos()
+        other = (other / other.norm()).reshape(vector.shape)
         for _ in range(steps):
             image = conv2d_same(vector, kernel, None, padding_mode)
             image = conv2d_same_adjoint(image, kernel, padding_mode)
             length = image.norm()
-            vector = torch.where(length > 0, image / length, vector)
+            vector = torch.where(length > 0, image / length, other)
     return conv2d_same(vector / vector.norm(), kernel, None, padding_mode).norm(), vector
 
 
