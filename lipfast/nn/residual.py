@@ -13,24 +13,23 @@ from .layers import LipschitzConv2d, LipschitzLinear
 
 _MAP_LIMIT = 32  # side of the largest patch on which CPL estimates the norm in training
 _Q_EPSILON = 1e-6
+_Q_MINIMUM = 1e-12  # smallest ratio of two q: any positive q gives a bound, this one no overflow
 
 
 class ResidualModule(LipschitzModule):
     """A residual layer on c = max(in_channels, out_channels) channels, its hidden width too.
 
     Missing input channels are zero, and the first out_channels of the result are kept. The weights
-    are the kernel, the bias and the scale t, jointly rescaled so that the largest tap is 1: the
-    layer does not change, and squares of tiny or huge weights stay finite.
+    are the kernel, the bias and the scale t, jointly rescaled so that the largest tap, of the
+    kernel (CPL) or of each row (SLL), is 1: the layer does not change, and squares of tiny or huge
+    weights stay finite.
     """
 
-    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         c = max(self.in_channels, self.out_channels)
-        shape = (c, c) if isinstance(self, LipschitzLinear) else (c, c, *self.kernel_size)
+        shape = (c, c) if self._linear else (c, c, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, **factory))
-        size = c if bias else None
-        self.register_parameter(
-            "bias", None if size is None else nn.Parameter(torch.empty(size, **factory))
-        )
+        self._register_bias(c if bias else None, factory)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -107,20 +106,23 @@ class _SLL(ResidualModule):
         super().reset_parameters()
         nn.init.normal_(self.q)
 
-    def _row_sums(self, kernel: Tensor) -> Tensor:
-        q = self.q.to(kernel.dtype).abs() + _Q_EPSILON
-        return reference.gram_bound(kernel, reference.unit_scale(q)[0], axis="out")
+    def _row_sums(self, kernel: Tensor, scale: Tensor) -> Tensor:
+        scale = scale * kernel.detach().abs().amax(dim=(1, 2, 3))  # the largest tap: 1, or 0
+        q = (self.q.to(kernel.dtype).abs() + _Q_EPSILON) * reference.unit_scale(scale)[0]
+        q = reference.unit_scale(q)[0].clamp_min(_Q_MINIMUM)
+        return reference.gram_bound(kernel, q, axis="out")
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        kernel, scale = reference.unit_scale(as_kernel(self.weight))
-        t = 2 * reference.inverse_or_zero(self._row_sums(kernel))
-        return kernel, self._scaled_bias(scale), t
+        kernel, scale = reference.unit_scale(as_kernel(self.weight), dim=(1, 2, 3))
+        t = 2 * reference.inverse_or_zero(self._row_sums(kernel, scale.flatten()))
+        return kernel, self._scaled_bias(scale.flatten()), t
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
-        kernel, scale = reference.unit_scale(as_kernel(self.weight).double())
+        kernel, scale = reference.unit_scale(as_kernel(self.weight).double(), dim=(1, 2, 3))
+        scale = scale.flatten()
         dtype = self.weight.dtype
         kernel = kernel.to(dtype)
-        rows = self._row_sums(kernel.double())
+        rows = self._row_sums(kernel.double(), scale)
         t = _round_down(2 * reference.inverse_or_zero(rows), dtype)
         bound = (t.double() * rows - 1).amax().clamp_min(1)
         return SoundWeights((kernel, self._scaled_bias(scale).to(dtype), t), bound)
