@@ -34,7 +34,7 @@ def lipschitz_bounds(model: nn.Module) -> dict[str, float]:
         ValueError: a layer whose weights depend on the map has not seen an input yet.
         TypeError: a layer with parameters has no known bound.
     """
-    bounds = {}
+    bounds: dict[str, float] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in bounds)
         if not inside and next(module.parameters(recurse=False), None) is not None:

@@ -83,7 +83,7 @@ def full_precision() -> Iterator[None]:
 
 def _precision_switches() -> list[tuple[Any, str]]:
     """Where torch keeps the precision of float32 products, the general settings first."""
-    backends = torch.backends
+    backends: Any = torch.backends
     if not hasattr(backends.cudnn, "fp32_precision"):  # torch < 2.9
         return [(backends.cuda.matmul, "allow_tf32"), (backends.cudnn, "allow_tf32")]
     owners: list[Any] = [backends, backends.cuda.matmul]

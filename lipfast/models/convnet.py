@@ -93,7 +93,7 @@ class ConvNet(nn.Sequential):
         expected = tuple(self.config["input_size"])
         if input.dim() != 4 or tuple(input.shape[1:]) != expected:
             raise ValueError(f"input: expected (n, *{expected}), got shape {tuple(input.shape)}")
-        return super().forward(input)  # type: ignore[no-any-return]
+        return super().forward(input)
 
 
 def _n_blocks(input_size: tuple[int, int, int]) -> int:

@@ -2,11 +2,9 @@
 
 from typing import NamedTuple
 
-from torch.nn import PixelUnshuffle
-
 from .aol import AOLConv2d, AOLLinear
 from .base import LipschitzModule
-from .basic import FirstChannels, ZeroChannelPad
+from .basic import FirstChannels, PixelUnshuffle, ZeroChannelPad
 from .bcop import BCOPConv2d, BCOPLinear
 from .cayley import CayleyConv2d, CayleyLinear
 from .layers import LipschitzConv2d, LipschitzLinear

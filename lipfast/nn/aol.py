@@ -13,8 +13,6 @@ _EPSILON = 1e-6
 
 
 class _AOL(KernelModule):
-    _method = "AOL"
-
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
         weight, scale = reference.unit_scale(self._kernel_parameter(), minimum=1.0)
         return (weight * _rescale(weight, scale)[:, None, None],)

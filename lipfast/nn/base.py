@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class LipschitzModule(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    _method = "1-Lipschitz"
+    _linear: ClassVar[bool] = False
     _depends_on_map_size = False
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class LipschitzModule(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LipschitzModule":
         self._cache = None
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return]
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cache = None  # its weak references would forbid swapping the parameters
@@ -135,6 +135,21 @@ class LipschitzModule(nn.Module):
         return {**self.__dict__, "_cache": None}
 
     # What a method defines -----------------------------------------------------------------------
+
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
+        """Register the weight and the bias, or None for it; further parameters go on top."""
+        taps = () if self._linear else self.kernel_size
+        shape = (self.out_channels, self.in_channels, *taps)
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        self._register_bias(self.out_channels if bias else None, factory)
+
+    def _register_bias(self, size: int | None, factory: dict[str, Any]) -> None:
+        bias = None if size is None else nn.Parameter(torch.empty(size, **factory))
+        self.register_parameter("bias", bias)
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters as the method was published."""
+        raise NotImplementedError
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
         """Weights with their graph, at least float32; autocast is off."""

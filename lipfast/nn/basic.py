@@ -1,4 +1,4 @@
-"""Channel selections that are 1-Lipschitz by themselves."""
+"""Layers without parameters that are 1-Lipschitz by themselves."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,3 +50,14 @@ class ZeroChannelPad(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.channels}"
+
+
+class PixelUnshuffle(nn.PixelUnshuffle):
+    """`torch.nn.PixelUnshuffle`, a permutation, with the right shape for an empty batch too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() or input.dim() != 4:
+            return super().forward(input)
+        n, c, h, w = input.shape
+        factor = self.downscale_factor
+        return input.reshape(n, c * factor**2, h // factor, w // factor)

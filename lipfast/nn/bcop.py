@@ -1,6 +1,7 @@
 """BCOP: block convolution orthogonal parameterisation (Li et al., NeurIPS 2019)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,12 @@ class BCOPConv2d(KernelModule, LipschitzConv2d):
     step in float64 makes each matrix a contraction. See `LipschitzConv2d` for the arguments.
     """
 
-    _method = "BCOP"
     _padding_modes = ("circular", "zeros")
 
-    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         c = max(self.in_channels, self.out_channels)
         self.weight = nn.Parameter(torch.empty(2 * self.kernel_size[0] - 1, c, c, **factory))
-        self.register_bias(self.out_channels if bias else None, factory)
+        self._register_bias(self.out_channels if bias else None, factory)
 
     def _kernel_parameter(self) -> Tensor:
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
@@ -72,8 +72,6 @@ class BCOPLinear(KernelModule, LipschitzLinear):
     Rows are orthonormal where out_features <= in_features, columns otherwise. Converged or not,
     the layer is 1-Lipschitz. See `LipschitzLinear` for the arguments.
     """
-
-    _method = "BCOP"
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
         return (_orthogonalise(as_kernel(self.weight)[:, :, 0, 0])[:, :, None, None],)

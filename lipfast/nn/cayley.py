@@ -1,6 +1,7 @@
 """Cayley layers (Trockman and Kolter, ICLR 2021)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,19 +11,21 @@ from lipfast import reference
 from .layers import LipschitzConv2d, LipschitzLinear
 from .spectral import SpectralModule
 
+_ALPHA_LIMIT = 1e3  # beyond it (I + A)^(-1) is too ill conditioned for float32
+
 
 class _Cayley(SpectralModule):
-    _method = "Cayley"
     alpha: nn.Parameter
 
-    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         super()._make_parameters(bias, factory)
         self.alpha = nn.Parameter(torch.empty((), **factory))
 
     def _normalised(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
         kernel, scale = reference.unit_scale(kernel)
         norm = torch.linalg.vector_norm(kernel)
-        return kernel * (self.alpha.to(kernel.dtype) * reference.inverse_or_zero(norm)), scale
+        alpha = self.alpha.to(kernel.dtype).clamp(-_ALPHA_LIMIT, _ALPHA_LIMIT)
+        return kernel * (alpha * reference.inverse_or_zero(norm)), scale
 
     def _orthogonalise(self, matrices: Tensor, scale: Tensor) -> Tensor:
         return reference.cayley(matrices)
@@ -40,8 +43,9 @@ class CayleyConv2d(_Cayley, LipschitzConv2d):
 
     With U, V the square and the remaining rows of a transfer matrix and A = U - U^H + V^H V, the
     new one is [(I + A)^(-1) (I - A); -2 V (I + A)^(-1)] (Trockman and Kolter 2021, section 4). The
-    kernel is alpha W / norm_F(W) with a learned alpha, whose start is norm_F(W). Any in_channels
-    and out_channels, any map size; circular padding only. See `LipschitzConv2d` for the arguments.
+    kernel is alpha W / norm_F(W) with a learned alpha, whose start is norm_F(W) and which counts as
+    at most 1000. Any in_channels and out_channels, any map size; circular padding only. See
+    `LipschitzConv2d` for the arguments.
     """
 
     _padding_modes = ("circular",)

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 from lipfast import reference
 
 from .base import LipschitzModule
-from .layers import LipschitzLinear
 
 
 class KernelModule(LipschitzModule):
@@ -22,7 +21,7 @@ class KernelModule(LipschitzModule):
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
         """Return the kernel (out, in, kh, kw), or matrix (out, in), used in evaluation mode."""
         (kernel,) = self._sound(self._map_size(input_size)).weights
-        return (kernel.flatten(1) if isinstance(self, LipschitzLinear) else kernel).clone()
+        return (kernel.flatten(1) if self._linear else kernel).clone()
 
     def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
         return plain_kernel(self, weights[0], self.bias)
@@ -39,7 +38,7 @@ def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -
     out_channels, in_channels, kh, kw = kernel.shape
     factory = {"device": kernel.device, "dtype": kernel.dtype, "bias": bias is not None}
     plain: nn.Linear | nn.Conv2d
-    if isinstance(module, LipschitzLinear):
+    if module._linear:
         plain = nn.utils.skip_init(nn.Linear, in_channels, out_channels, **factory)
         kernel = kernel.flatten(1)
     else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import LipschitzModule
 
@@ -81,21 +81,6 @@ class LipschitzConv2d(LipschitzModule):
         self._make_parameters(bool(bias), {"device": device, "dtype": dtype})
         self.reset_parameters()
 
-    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
-        """Register weight and bias; a method with other parameters extends this."""
-        shape = (self.out_channels, self.in_channels, *self.kernel_size)
-        self.weight = nn.Parameter(torch.empty(shape, **factory))
-        self.register_bias(self.out_channels if bias else None, factory)
-
-    def register_bias(self, size: int | None, factory: dict) -> None:  # type: ignore[type-arg]
-        """Register a bias of `size` numbers, or None."""
-        bias = None if size is None else nn.Parameter(torch.empty(size, **factory))
-        self.register_parameter("bias", bias)
-
-    def reset_parameters(self) -> None:
-        """Initialise the parameters as the method was published."""
-        raise NotImplementedError
-
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to (n, in_channels, h, w) or (in_channels, h, w), any h, w >= 1."""
         if not isinstance(x, Tensor) or x.dim() not in (3, 4):
@@ -136,6 +121,7 @@ class LipschitzLinear(LipschitzModule):
         ValueError: an argument is outside what the method can do.
     """
 
+    _linear = True
     padding_mode = "zeros"
     kernel_size = (1, 1)
 
@@ -154,14 +140,6 @@ class LipschitzLinear(LipschitzModule):
         check_floating(dtype, name)
         self._make_parameters(bool(bias), {"device": device, "dtype": dtype})
         self.reset_parameters()
-
-    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
-        """Register weight and bias; a method with other parameters extends this."""
-        self.weight = nn.Parameter(torch.empty(self.out_channels, self.in_channels, **factory))
-        self.register_bias(self.out_channels if bias else None, factory)
-
-    register_bias = LipschitzConv2d.register_bias
-    reset_parameters = LipschitzConv2d.reset_parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to (..., in_features)."""

@@ -14,8 +14,6 @@ _RIDGE = 1e-4
 
 
 class _LOT(SpectralModule):
-    _method = "LOT"
-
     def _normalised(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
         return reference.unit_scale(kernel, minimum=1.0)
 

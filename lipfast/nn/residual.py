@@ -1,5 +1,7 @@
 """The residual 1-Lipschitz layers x - W^T (t * relu(W x + b)): CPL and SLL."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -53,14 +55,13 @@ class ResidualModule(LipschitzModule):
 
 
 class _CPL(ResidualModule):
-    _method = "CPL"
     power_vector: Tensor
 
     @property
     def _depends_on_map_size(self) -> bool:  # type: ignore[override]
         return self.kernel_size != (1, 1)
 
-    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         super()._make_parameters(bias, factory)
         side = 1 if self.kernel_size == (1, 1) else _MAP_LIMIT
         vector = torch.empty(1, self.weight.shape[1], side, side, **factory)
@@ -93,10 +94,9 @@ class _CPL(ResidualModule):
 
 
 class _SLL(ResidualModule):
-    _method = "SLL"
     q: nn.Parameter
 
-    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         super()._make_parameters(bias, factory)
         self.q = nn.Parameter(torch.empty(self.weight.shape[0], **factory))
 
@@ -176,7 +176,7 @@ class _PlainResidual(nn.Module):
         self.relu = nn.ReLU()
         self.second = plain_kernel(module, reference.transpose_kernel(scaled), None)
         missing = kernel.shape[1] - module.in_channels
-        self.dim = -1 if isinstance(module, LipschitzLinear) else -3
+        self.dim = -1 if module._linear else -3
         self.padding = (*(0,) * (-2 * self.dim - 1), missing) if missing else None
         self.out_channels = module.out_channels
 

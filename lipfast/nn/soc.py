@@ -1,6 +1,7 @@
 """SOC: skew orthogonal convolutions (Singla and Feizi, ICML 2021)."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +18,14 @@ _CORRECTION = 0.7  # share of the unfoldings' norm that kernels larger than 1x1 
 
 
 class _SOC(LipschitzModule):
-    _method = "SOC"
     terms: int
     eval_terms: int
 
-    def _make_parameters(self, bias: bool, factory: dict) -> None:  # type: ignore[type-arg]
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         c = max(self.in_channels, self.out_channels)
-        shape = (c, c) if isinstance(self, LipschitzLinear) else (c, c, *self.kernel_size)
+        shape = (c, c) if self._linear else (c, c, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, **factory))
-        bias_parameter = nn.Parameter(torch.empty(self.out_channels, **factory)) if bias else None
-        self.register_parameter("bias", bias_parameter)
+        self._register_bias(self.out_channels if bias else None, factory)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -77,7 +76,7 @@ class _SOC(LipschitzModule):
         if self.kernel_size != (1, 1):
             return super().effective_kernel(input_size)
         kernel = self._matrix_kernel(self._sound(self._map_size(input_size)).weights[0])
-        return kernel.flatten(1) if isinstance(self, LipschitzLinear) else kernel
+        return kernel.flatten(1) if self._linear else kernel
 
     def _matrix_kernel(self, kernel: Tensor) -> Tensor:
         c = kernel.shape[0]
@@ -138,6 +137,8 @@ class SOCLinear(_SOC, LipschitzLinear):
 
 class _PlainSkewExp(nn.Module):
     """Traced into a chain of one convolution."""
+
+    bias: Tensor
 
     def __init__(self, module: _SOC, kernel: Tensor) -> None:
         super().__init__()

@@ -90,6 +90,9 @@ class SpectralModule(KernelModule):
 class _PlainFourier(nn.Module):
     """Traced into a module of torch operations; the map size is that of the spectrum."""
 
+    spectrum: Tensor
+    bias: Tensor
+
     def __init__(self, module: SpectralModule, spectrum: Tensor, map_size: tuple[int, int]) -> None:
         super().__init__()
         self.padding = module._padding()

@@ -9,6 +9,7 @@ from torch import nn
 
 from lipfast import certify
 from lipfast import nn as lnn
+from lipfast.certify.report import _precision_switches
 from lipfast.models import ConvNet
 
 
@@ -37,9 +38,9 @@ def test_pairwise_head_is_exact_and_never_below_the_norm_bound():
     torch.manual_seed(0)
     head = nn.Linear(6, 4, dtype=torch.float64)
     x = torch.randn(50, 6, dtype=torch.float64)
-    scores = head(x)
+    scores = head(x).detach()
     labels = scores.argmax(1)
-    radius = certify.certified_radius(scores, labels, head_weight=head.weight)
+    radius = certify.certified_radius(scores, labels, head_weight=head.weight.detach())
     norm = float(torch.linalg.matrix_norm(head.weight.detach(), 2))
     assert (radius >= certify.certified_radius(scores, labels, lipschitz=norm) - 1e-12).all()
     # the nearest boundary point is on the line along w_y - w_j, at exactly this distance
@@ -47,7 +48,7 @@ def test_pairwise_head_is_exact_and_never_below_the_norm_bound():
         y = int(labels[i])
         steps = []
         for j in set(range(4)) - {y}:
-            direction = head.weight[y] - head.weight[j]
+            direction = head.weight.detach()[y] - head.weight.detach()[j]
             gap = scores[i, y] - scores[i, j]
             steps.append(float(gap / direction.norm()))
         assert float(radius[i]) == pytest.approx(min(steps))
@@ -172,14 +173,17 @@ def test_report_refuses_what_it_cannot_certify():
 
 
 def test_full_precision_is_set_inside_and_restored():
+    def settings():
+        return [getattr(owner, name) for owner, name in _precision_switches()]
+
     torch.set_float32_matmul_precision("medium")
     try:
+        before = settings()
+        assert not all(value in ("ieee", False) for value in before)
         with torch.autocast("cpu", dtype=torch.bfloat16), certify.full_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
-            assert not torch.backends.cudnn.allow_tf32
+            assert all(value in ("ieee", False) for value in settings())
             assert not torch.is_autocast_enabled("cpu")
-        assert torch.get_float32_matmul_precision() == "medium"
-        assert torch.backends.cudnn.allow_tf32
+        assert settings() == before
     finally:
         torch.set_float32_matmul_precision("highest")
 

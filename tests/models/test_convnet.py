@@ -25,6 +25,7 @@ def test_scores_of_small_networks(method, input_size, kwargs, n_classes):
     net = ConvNet(method, input_size=input_size, n_classes=n_classes, **kwargs)
     y = net(torch.randn(5, *input_size))
     assert y.shape == (5, n_classes)
+    assert net(torch.empty(0, *input_size)).shape == (0, n_classes)
     y.sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     again = ConvNet(**{**net.config, "input_size": tuple(net.config["input_size"])})
