@@ -104,9 +104,8 @@ def train(
     """
     from lipfast.data import load
     from lipfast.report.experiment import Experiment, adapted_recipe, available_device
-    from lipfast.training import TrainingDiverged, distributed_from_env
+    from lipfast.training import CHECKPOINT_NAME, TrainingDiverged, distributed_from_env
     from lipfast.training import train as run
-    from lipfast.training.trainer import CHECKPOINT_NAME
 
     with _user_errors():
         recipe = adapted_recipe(

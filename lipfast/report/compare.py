@@ -22,8 +22,7 @@ from lipfast.report.measure import (
 )
 from lipfast.report.results import Comparison, MethodResult
 from lipfast.report.write import RESULTS_FILE, write_report
-from lipfast.training import train
-from lipfast.training.trainer import CHECKPOINT_NAME
+from lipfast.training import CHECKPOINT_NAME, train
 
 
 @dataclass(frozen=True)
