@@ -42,7 +42,8 @@ class ResidualModule(LipschitzModule):
     def _scaled_bias(self, scale: Tensor) -> Tensor:
         if self.bias is None:
             return scale.new_zeros(self.weight.shape[0])
-        return self.bias.to(scale.dtype) / scale
+        limit = torch.finfo(self.weight.dtype).max  # any bias makes a contraction, Inf makes NaN
+        return (self.bias.to(scale.dtype) / scale).clamp(-limit, limit)
 
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         kernel, bias, scale = weights
@@ -195,4 +196,6 @@ def match_channels(x: Tensor, channels: int) -> Tensor:
 
 def _round_down(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast a non-negative float64 tensor so that no entry grows."""
-    return (value * (1 - torch.finfo(dtype).eps)).to(dtype)
+    finfo = torch.finfo(dtype)
+    smallest = finfo.smallest_normal * finfo.eps
+    return (value * (1 - finfo.eps) - smallest).clamp_min(0).to(dtype)
