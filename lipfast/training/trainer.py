@@ -158,14 +158,16 @@ class _Run:
         steps = len(self.loader)
         losses = torch.zeros(steps + 1, device=self.loader.device)
         for step, (x, y) in enumerate(self.loader):
-            losses[step] = self._step(
-                x, y, epoch * steps + step, self.loader.global_batch_size(step)
-            )
+            size = self.loader.global_batch_size(step)
+            try:
+                losses[step] = self._step(x, y, epoch * steps + step, size)
+            except ValueError:  # on a CPU the layers refuse weights that are not finite
+                if not self._is_broken():
+                    raise
+                break
             if bar is not None:
                 bar.advance()
-        with torch.no_grad():
-            finite = [p.isfinite().all() for p in self.parameters.values()]
-            losses[steps] = torch.stack(finite).logical_not().any()
+        losses[steps] = self._is_broken()
         if self.loader.world_size > 1:
             dist.all_reduce(losses)
         *step_losses, broken = losses.double().cpu().unbind()
@@ -177,6 +179,12 @@ class _Run:
         if bar is not None:
             bar.show_loss(self.losses[-1])
         return self.losses[-1]
+
+    @torch.no_grad()
+    def _is_broken(self) -> Tensor:
+        """Whether a trained weight is NaN or Inf, on the device."""
+        finite = [p.isfinite().all() for p in self.parameters.values()]
+        return torch.stack(finite).logical_not().any()
 
     def _step(self, x: Tensor, y: Tensor, step: int, global_size: int) -> Tensor:
         """One update; returns this rank's share of the mean loss over the global batch."""
