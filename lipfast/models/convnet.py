@@ -1,12 +1,14 @@
 """The convolutional network of "1-Lipschitz Layers Compared" (Prach et al., CVPR 2024)."""
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipfast.nn import METHODS, FirstChannels, MaxMin, PixelUnshuffle, ZeroChannelPad
+from lipfast.nn.layers import positive_int
 
 SIZES = {"XS": 16, "S": 32, "M": 64, "L": 128}
 
@@ -51,6 +53,8 @@ class ConvNet(nn.Sequential):
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        positive_int("n_classes", n_classes, "ConvNet")
+        positive_int("layers_per_block", layers_per_block, "ConvNet")
         n_blocks = _n_blocks(input_size)
         w = _width(size, width, input_size)
         channels = input_size[0]
@@ -59,8 +63,6 @@ class ConvNet(nn.Sequential):
             raise ValueError(f"input_size: expected at most {w} channels, got {channels}")
         if not 2 <= n_classes <= features:
             raise ValueError(f"n_classes: expected 2 to {features}, got {n_classes!r}")
-        if layers_per_block < 1:
-            raise ValueError(f"layers_per_block: expected at least 1, got {layers_per_block!r}")
         conv, linear = METHODS[method].conv, METHODS[method].linear
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -97,8 +99,10 @@ class ConvNet(nn.Sequential):
 
 
 def _n_blocks(input_size: tuple[int, int, int]) -> int:
-    if len(input_size) != 3 or any(int(n) != n or n < 1 for n in input_size):
+    if not isinstance(input_size, Sequence) or len(input_size) != 3:
         raise ValueError(f"input_size: expected (channels, h, h), got {input_size!r}")
+    for size in input_size:
+        positive_int("input_size", size, "ConvNet")
     _, h, w = input_size
     if h != w or h < 2 or h & (h - 1):
         raise ValueError(f"input_size: expected a square map, a power of two, got {h}x{w}")
@@ -107,7 +111,7 @@ def _n_blocks(input_size: tuple[int, int, int]) -> int:
 
 def _width(size: str | None, width: int | None, input_size: tuple[int, int, int]) -> int:
     if width is not None:
-        if width < 2 or width % 2:
+        if positive_int("width", width, "ConvNet") % 2:
             raise ValueError(f"width: expected an even number >= 2, got {width!r}")
         return width
     if size not in SIZES:

@@ -56,7 +56,7 @@ def test_blocks_follow_the_map_and_the_last_has_kernel_one():
         ({"input_size": (3, 28, 28)}, "input_size: expected a square map, a power of two"),
         ({"input_size": (3, 32, 16)}, "input_size: expected a square map"),
         ({"input_size": (17, 32, 32)}, "input_size: expected at most 16 channels"),
-        ({"layers_per_block": 0}, "layers_per_block: expected at least 1, got 0"),
+        ({"layers_per_block": 0}, "layers_per_block: ConvNet expected an integer >= 1, got 0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
