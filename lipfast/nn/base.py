@@ -33,21 +33,22 @@ class _Source(NamedTuple):
         place = (parameter.data_ptr(), parameter.device, parameter.dtype)
         # an inference tensor counts no versions: NaN equals nothing, so it is never unchanged
         version = float("nan") if parameter.is_inference() else parameter._version
-        return cls(weakref.ref(parameter), (_optimizer_steps, version, *place))
+        return cls(weakref.ref(parameter), (_fused_steps, version, *place))
 
     def is_unchanged(self, parameter: Tensor) -> bool:
         return self.parameter() is parameter and self.state == _Source.of(parameter).state
 
 
-_optimizer_steps = 0  # fused optimizers write parameters without counting it in `_version`
+_fused_steps = 0  # fused optimizers write parameters without counting it in `_version`
 
 
-def _count_optimizer_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
+def _count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    global _fused_steps
+    if any(group.get("fused") for group in optimizer.param_groups):
+        _fused_steps += 1
 
 
-register_optimizer_step_post_hook(_count_optimizer_step)
+register_optimizer_step_post_hook(_count_fused_step)
 
 
 class LipschitzModule(nn.Module):

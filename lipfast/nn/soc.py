@@ -21,6 +21,13 @@ class _SOC(LipschitzModule):
     terms: int
     eval_terms: int
 
+    def _set_terms(self, terms: int, eval_terms: int) -> None:
+        self.terms = positive_int("terms", terms, type(self).__name__)
+        self.eval_terms = positive_int("eval_terms", eval_terms, type(self).__name__)
+        limit = self._norm_limit
+        self._supremum = reference.taylor_supremum(self.terms, limit)
+        self._eval_supremum = reference.taylor_supremum(self.eval_terms, limit)
+
     def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         c = max(self.in_channels, self.out_channels)
         shape = (c, c) if self._linear else (c, c, *self.kernel_size)
@@ -64,9 +71,9 @@ class _SOC(LipschitzModule):
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         (kernel,) = weights
         terms = self.terms if self.training else self.eval_terms
+        supremum = self._supremum if self.training else self._eval_supremum
         x = match_channels(x, kernel.shape[0])
         y = reference.skew_exp(x, kernel, terms, self.padding_mode)[:, : self.out_channels]
-        supremum = reference.taylor_supremum(terms, self._norm_limit)
         if supremum > 1:
             y = y / supremum
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
@@ -81,9 +88,8 @@ class _SOC(LipschitzModule):
     def _matrix_kernel(self, kernel: Tensor) -> Tensor:
         c = kernel.shape[0]
         columns = torch.eye(c, dtype=torch.float64, device=kernel.device)[:, :, None, None]
-        terms = self.eval_terms
-        matrix = reference.skew_exp(columns, kernel.double(), terms, "zeros")[..., 0, 0].T
-        matrix = matrix / reference.taylor_supremum(terms, self._norm_limit)
+        matrix = reference.skew_exp(columns, kernel.double(), self.eval_terms, "zeros")[..., 0, 0].T
+        matrix = matrix / self._eval_supremum
         matrix = matrix[: self.out_channels, : self.in_channels]
         return matrix.to(kernel.dtype)[:, :, None, None]
 
@@ -113,8 +119,7 @@ class SOCConv2d(_SOC, LipschitzConv2d):
 
     def __init__(self, *args, terms: int = 5, eval_terms: int = 12, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super().__init__(*args, **kwargs)
-        self.terms = positive_int("terms", terms, type(self).__name__)
-        self.eval_terms = positive_int("eval_terms", eval_terms, type(self).__name__)
+        self._set_terms(terms, eval_terms)
 
 
 class SOCLinear(_SOC, LipschitzLinear):
@@ -131,8 +136,7 @@ class SOCLinear(_SOC, LipschitzLinear):
 
     def __init__(self, *args, terms: int = 5, eval_terms: int = 12, **kwargs) -> None:  # type: ignore[no-untyped-def]
         super().__init__(*args, **kwargs)
-        self.terms = positive_int("terms", terms, type(self).__name__)
-        self.eval_terms = positive_int("eval_terms", eval_terms, type(self).__name__)
+        self._set_terms(terms, eval_terms)
 
 
 class _PlainSkewExp(nn.Module):
@@ -145,7 +149,7 @@ class _PlainSkewExp(nn.Module):
         self.conv = plain_kernel(module, kernel, None)
         self.terms, self.outputs = module.eval_terms, module.out_channels
         self.extra = kernel.shape[0] - module.in_channels
-        self.supremum = reference.taylor_supremum(module.eval_terms, module._norm_limit)
+        self.supremum = module._eval_supremum
         bias = kernel.new_zeros(1) if module.bias is None else module.bias.detach()
         self.register_buffer("bias", bias[:, None, None].clone())
 

@@ -1,6 +1,5 @@
 """The exponential of a skew-symmetric convolution (SOC: Singla and Feizi 2021)."""
 
-import functools
 import itertools
 import math
 from fractions import Fraction
@@ -31,7 +30,6 @@ def skew_exp(x: Tensor, kernel: Tensor, terms: int, padding_mode: str) -> Tensor
     return total
 
 
-@functools.cache
 def taylor_supremum(terms: int, norm_bound: float) -> float:
     """Return the largest |p(i t)| over 0 <= t <= `norm_bound`, p the Taylor polynomial of exp.
 
