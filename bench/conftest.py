@@ -29,7 +29,7 @@ def compare(benchmark, request):
                 seconds[name].append(elapsed(function))
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         ours, *others = variants
-        benchmark.pedantic(variants[ours], rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(lambda: finish(variants[ours]), rounds=rounds, warmup_rounds=1)
         ratios = {name: medians[name] / medians[ours] for name in others}
         benchmark.extra_info["median_ms"] = {k: round(v * 1e3, 4) for k, v in medians.items()}
         benchmark.extra_info["ratio"] = {k: round(v, 3) for k, v in ratios.items()}
@@ -53,6 +53,12 @@ def elapsed(function: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def finish(function: Callable[[], object]) -> None:
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

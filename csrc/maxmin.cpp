@@ -16,7 +16,7 @@
 namespace lipfast {
 namespace {
 
-constexpr int64_t kChunk = 2048;          // a multiple of 8: no mask byte has two writers
+constexpr int64_t kChunk = 2048;          // a multiple of 16: whole mask bytes, whole short rows
 constexpr int64_t kParallelPairs = 8192;  // below this, waking the threads costs more than it saves
 
 // Rows of pairs whose elements lie in two runs (a, b), as in NCHW.
@@ -58,6 +58,28 @@ LIPFAST_CLONES void swap_neighbours(const T* __restrict x, T* __restrict y,
   }
 }
 
+// Whole NCHW rows of a small map, one after another: a call per row would cost more than its work.
+template <typename Type, int kRow, typename T = typename Type::Element>
+LIPFAST_CLONES void order_short_rows(const T* __restrict x, T* __restrict y,
+                                     uint8_t* __restrict swap, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row, x += 2 * kRow, y += 2 * kRow, swap += kRow) {
+    for (int i = 0; i < kRow; ++i) {
+      swap[i] = order_pair(Type(), x[i], x[kRow + i], y[i], y[kRow + i]);
+    }
+  }
+}
+template <typename T, int kRow>
+LIPFAST_CLONES void swap_short_rows(const T* __restrict x, T* __restrict y,
+                                    const uint8_t* __restrict swap, int64_t rows) {
+  for (int64_t row = 0; row < rows; ++row, x += 2 * kRow, y += 2 * kRow, swap += kRow) {
+    for (int i = 0; i < kRow; ++i) {
+      const T change = (x[i] ^ x[kRow + i]) & (T(0) - T(swap[i]));
+      y[i] = x[i] ^ change;
+      y[kRow + i] = x[kRow + i] ^ change;
+    }
+  }
+}
+
 LIPFAST_CLONES void pack_bits(const uint8_t* swap, uint8_t* mask, int64_t count) {
   for (int64_t byte = 0; byte < (count + 7) / 8; ++byte) {
     uint64_t eight = 0;
@@ -74,6 +96,15 @@ LIPFAST_CLONES void unpack_bits(const uint8_t* mask, uint8_t* swap, int64_t coun
   }
 }
 
+template <int kRow, typename Type, typename T>
+void transform_short_rows(Type, const T* x, T* y, uint8_t* swap, int64_t rows) {
+  order_short_rows<Type, kRow>(x, y, swap, rows);
+}
+template <int kRow, typename T>
+void transform_short_rows(Raw<T>, const T* x, T* y, uint8_t* swap, int64_t rows) {
+  swap_short_rows<T, kRow>(x, y, swap, rows);
+}
+
 template <typename Type, typename T>
 void transform_row(Type, const T* x, T* y, const MaxMinParams& p, uint8_t* swap, int64_t count) {
   if (p.channels_last) return order_neighbours<Type>(x, y, swap, count);
@@ -85,22 +116,33 @@ void transform_row(Raw<T>, const T* x, T* y, const MaxMinParams& p, uint8_t* swa
   swap_runs(x, x + p.partner(), y, y + p.partner(), swap, count);
 }
 
+template <typename Type, typename T>
+void transform_rows(Type type, const T* x, T* y, const MaxMinParams& p, uint8_t* swap,
+                    int64_t begin, int64_t end) {
+  const bool even = p.channels % 2 == 0;
+  if (even && !p.channels_last && (p.spatial == 4 || p.spatial == 16)) {
+    // Chunks hold whole rows, and rows follow each other.
+    x += 2 * begin, y += 2 * begin;
+    if (p.spatial == 4) return transform_short_rows<4>(type, x, y, swap, (end - begin) / 4);
+    return transform_short_rows<16>(type, x, y, swap, (end - begin) / 16);
+  }
+  // An even number of channels, last in memory: all rows are one.
+  const int64_t row_pairs = even && p.channels_last ? p.pairs() : p.row_pairs();
+  for (int64_t pair = begin; pair < end;) {
+    const int64_t row = pair / row_pairs, position = pair % row_pairs;
+    const int64_t count = std::min(row_pairs - position, end - pair);
+    const int64_t offset = p.row_offset(row) + position * p.step();
+    transform_row(type, x + offset, y + offset, p, swap + (pair - begin), count);
+    pair += count;
+  }
+}
+
 template <bool kForward, typename Type>
 void transform_chunk(const MaxMinParams& p, int64_t begin, int64_t end) {
   using T = typename Type::Element;
   uint8_t swap[kChunk];
   if (!kForward) unpack_bits(p.mask + begin / 8, swap, end - begin);
-  // An even number of channels, last in memory: all rows are one.
-  const bool flat = p.channels_last && p.channels % 2 == 0;
-  const int64_t row_pairs = flat ? p.pairs() : p.row_pairs();
-  for (int64_t pair = begin; pair < end;) {
-    const int64_t row = pair / row_pairs, position = pair % row_pairs;
-    const int64_t count = std::min(row_pairs - position, end - pair);
-    const int64_t offset = p.row_offset(row) + position * p.step();
-    transform_row(Type(), static_cast<const T*>(p.x) + offset, static_cast<T*>(p.y) + offset, p,
-                  swap + (pair - begin), count);
-    pair += count;
-  }
+  transform_rows(Type(), static_cast<const T*>(p.x), static_cast<T*>(p.y), p, swap, begin, end);
   if (kForward) pack_bits(swap, p.mask + begin / 8, end - begin);
 }
 

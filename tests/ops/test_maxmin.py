@@ -23,6 +23,7 @@ SHAPES = [
     (2, 6, 3, 5),
 ]
 SHAPES += [(3, 5, 4, 4), (2, 16, 32, 32), (2, 3, 2, 3, 4), (2, 17, 33, 31)]
+SHAPES += [(40, 60, 2, 2), (5, 62, 4, 4)]  # small maps, more pairs than one chunk
 BACKENDS = [
     pytest.param(
         "cpp",
