@@ -70,26 +70,46 @@ def report(
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Compute float32 products in float32: no autocast, no TF32, no bfloat16 passes."""
-    switches = [(owner, name, getattr(owner, name)) for owner, name in _precision_switches()]
-    for owner, name, value in switches:
-        setattr(owner, name, "ieee" if isinstance(value, str) else False)
+    legacy = _legacy_precision()
+    owners = _precision_owners()
+    saved = [owner.fp32_precision for owner in owners]
+    if legacy is not None:
+        _set_legacy_precision("highest", False)
+    for owner in owners:
+        if owner.fp32_precision not in ("ieee", "none"):
+            owner.fp32_precision = "ieee"
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             yield
     finally:
-        for owner, name, value in switches:
-            setattr(owner, name, value)
+        if legacy is not None:
+            _set_legacy_precision(*legacy)
+        for owner, value in zip(owners, saved, strict=True):
+            owner.fp32_precision = value
 
 
-def _precision_switches() -> list[tuple[Any, str]]:
-    """Where torch keeps the precision of float32 products, the general settings first."""
+def _legacy_precision() -> tuple[str, bool] | None:
+    """The settings of torch before 2.9; None where the user has mixed them with the newer ones."""
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
+def _set_legacy_precision(matmul: str, cudnn_tf32: bool) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn_tf32
+
+
+def _precision_owners() -> list[Any]:
+    """Where torch since 2.9 keeps the precision of float32 products, the general ones first."""
     backends: Any = torch.backends
-    if not hasattr(backends.cudnn, "fp32_precision"):  # torch < 2.9
-        return [(backends.cuda.matmul, "allow_tf32"), (backends.cudnn, "allow_tf32")]
-    owners: list[Any] = [backends, backends.cuda.matmul]
+    if not hasattr(backends.cudnn, "fp32_precision"):
+        return []
+    owners = [backends, backends.cuda.matmul]
     for library in (backends.cudnn, backends.mkldnn):
         owners += [library, library.conv, library.rnn]
-    return [(owner, "fp32_precision") for owner in [*owners, backends.mkldnn.matmul]]
+    return [*owners, backends.mkldnn.matmul]
 
 
 def _predict(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
