@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BACKENDS = ("triton", "cuda", "cpp", "reference")
+# "torch" is plain PyTorch like "reference", arranged for speed.
+BACKENDS = ("triton", "cuda", "cpp", "torch", "reference")
 
 ENVIRONMENT_VARIABLES = (
     "LIPFAST_BACKEND",
@@ -38,7 +39,9 @@ class _Rule(NamedTuple):
 # "reference" ends every order. The crossovers are measured by bench/bench_<op>.py. maxmin has none:
 # below about 1000 elements the published form is 20 us faster, but derives otherwise at ties.
 _FASTEST: dict[str, tuple[_Rule, ...]] = {
+    "gram_bound": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("triton", "torch"))),
     "maxmin": (_Rule("cpu", 0, ("cpp",)), _Rule("cuda", 0, ("triton", "cuda"))),
+    "residual_conv": (_Rule("cpu", 0, ("cpp",)), _Rule("cuda", 0, ("cuda",))),
 }
 
 _can_run: dict[str, Mapping[str, CanRun]] = {}
@@ -56,7 +59,7 @@ def set_backend(name: str | None) -> None:
     first, then this setting, then LIPFAST_BACKEND.
 
     Raises:
-        ValueError: `name` is none of "triton", "cuda", "cpp", "reference".
+        ValueError: `name` is none of "triton", "cuda", "cpp", "torch", "reference".
     """
     global _forced
     _forced = _checked(name, "backend")
@@ -233,6 +236,7 @@ def info() -> dict[str, Any]:
             "triton": triton_can_run(probe),
             "cuda": cuda_can_run(probe),
             "cpp": cpp_can_run(torch.empty(0)),
+            "torch": None,
             "reference": None,
         },
         "ops": {op: list(has) for op, has in _can_run.items()},

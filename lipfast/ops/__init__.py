@@ -1,5 +1,7 @@
 """The operations of the layers as functions of tensors, each with a choice of backends."""
 
+from .gram_bound import gram_bound
 from .maxmin import maxmin
+from .residual_conv import residual_conv
 
-__all__ = ["maxmin"]
+__all__ = ["maxmin", "residual_conv"]

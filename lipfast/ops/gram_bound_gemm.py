@@ -1,0 +1,114 @@
+"""gram_bound as matrix products in plain PyTorch, each pair of taps multiplied once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Up to this many numbers in a kernel one product over a zero-padded kernel is faster than one for
+# each row of taps: measured by bench/bench_gram_bound.py, the two meet between c = 32 and 48.
+_ONE_PRODUCT = 9 * 40**2
+
+
+def gram_bound_forward(taps: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the row sums r and the signs of the correlations at the half plane of offsets.
+
+    Args:
+        taps: (batch, kh, kw, c, n), contiguous, channels to correlate before those to sum over.
+        q: (batch, c), or None for ones.
+
+    Returns:
+        r (batch, c), and int8 signs (batch, c, offsets, c), offsets (dy, dx) in the order of
+        dy (2 kw - 1) + dx = 0, 1, ...
+    """
+    channels = taps.shape[3]
+    if taps[0].numel() <= _ONE_PRODUCT:
+        gram = _correlate_in_one_product(taps)
+    else:
+        gram = taps.new_zeros(len(taps), channels, _offsets(taps) * channels)
+        for kernel, out in zip(taps, gram, strict=True):
+            _correlate(kernel.flatten(0, 1), taps.shape[2], out)
+    gram = gram.view(len(taps), channels, _offsets(taps), channels)
+    signs = torch.empty(gram.shape, dtype=torch.int8, device=gram.device).copy_(gram.sign())
+    gram.abs_()
+    half = gram.sum(dim=2)
+    sums = half + half.mT - gram[:, :, 0]
+    if q is None:
+        return sums.sum(dim=2), signs
+    return (sums @ q[..., None])[..., 0] / q, signs
+
+
+def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor) -> Tensor:
+    """Return the gradient with respect to taps, for a = dL/dr / q; shapes as in the forward."""
+    weights = a[:, :, None] * q[:, None, :]
+    weights += weights.mT.clone()
+    factors = signs * weights[:, :, None]
+    if taps[0].numel() <= _ONE_PRODUCT:
+        return _expand_in_one_product(taps, factors)
+    grad = torch.zeros_like(taps)
+    for kernel, factor, out in zip(taps, factors.flatten(2), grad, strict=True):
+        _expand(kernel.flatten(0, 1), taps.shape[2], factor, out.flatten(0, 1))
+    return grad
+
+
+def _offsets(taps: Tensor) -> int:
+    kh, kw = taps.shape[1:3]
+    return ((2 * kh - 1) * (2 * kw - 1) + 1) // 2
+
+
+def _runs(taps: int, kw: int) -> list[tuple[int, int, int, int]]:
+    """(x, first, end, offset): tap x meets taps first to end - 1 of one row at offset, + 1, ..."""
+    runs = []
+    for x in range(taps):
+        for row in range(x // kw, taps // kw):
+            first = max(x, row * kw)
+            offset = (row - x // kw) * (2 * kw - 1) + first % kw - x % kw
+            runs.append((x, first, (row + 1) * kw, offset))
+    return runs
+
+
+def _correlate(kernel: Tensor, kw: int, gram: Tensor) -> None:
+    """Add all correlations of one kernel (taps, c, n) to gram (c, offsets c)."""
+    channels = kernel.shape[1]
+    rows = kernel.flatten(0, 1)
+    for x, first, end, offset in _runs(len(kernel), kw):
+        block = gram[:, offset * channels : (offset + end - first) * channels]
+        block.addmm_(kernel[x], rows[first * channels : end * channels].T)
+
+
+def _expand(kernel: Tensor, kw: int, factor: Tensor, grad: Tensor) -> None:
+    """Add factor (c, offsets c) times the kernel (taps, c, n) to its gradient grad."""
+    channels = kernel.shape[1]
+    rows, out = kernel.flatten(0, 1), grad.flatten(0, 1)
+    for x, first, end, offset in _runs(len(kernel), kw):
+        block = factor[:, offset * channels : (offset + end - first) * channels]
+        grad[x].addmm_(block, rows[first * channels : end * channels])
+        if first == x:  # offset 0 is symmetric and complete
+            first, block = first + 1, block[:, channels:]
+        if first < end:
+            out[first * channels : end * channels].addmm_(block.T, kernel[x])
+
+
+def _correlate_in_one_product(taps: Tensor) -> Tensor:
+    batch, kh, kw, channels, depth = taps.shape
+    # In a row of kw taps and kw - 1 zeros, every offset of the half plane is one distance >= 0.
+    row, tap = (2 * kw - 1) * channels * depth, channels * depth
+    padded = F.pad(taps, (0, 0, 0, 0, 0, kw - 1, 0, kh - 1))
+    shifted = padded.as_strided(
+        (batch, _offsets(taps), channels, kh, kw, depth),
+        ((2 * kh - 1) * row, tap, depth, row, tap, 1),
+    ).reshape(batch, _offsets(taps) * channels, kh * kw * depth)
+    return taps.permute(0, 3, 1, 2, 4).reshape(batch, channels, -1) @ shifted.mT
+
+
+def _expand_in_one_product(taps: Tensor, factors: Tensor) -> Tensor:
+    batch, kh, kw, channels, _ = taps.shape
+    # factors (i, d, j) at all offsets, those of the other half plane first: [j, -d, i] = [i, d, j].
+    plane = torch.cat([factors.transpose(1, 3)[:, :, 1:].flip(2), factors], dim=2)
+    line = plane.shape[2] * channels
+    row = (2 * kw - 1) * channels
+    # Tap y against tap x, x from last to first: both advance the offset.
+    matrix = plane.as_strided(
+        (batch, kh, kw, channels, kh, kw, channels),
+        (channels * line, row, channels, line, row, channels, 1),
+    ).reshape(batch, kh * kw * channels, -1)
+    return (matrix @ taps.flatten(1, 3)).view_as(taps).flip((1, 2))
