@@ -9,6 +9,7 @@
 #include <omp.h>
 #endif
 
+#include "gram_bound.h"
 #include "maxmin.h"
 
 namespace py = pybind11;
@@ -38,6 +39,17 @@ MaxMinParams maxmin_params(uintptr_t x, uintptr_t y, uintptr_t mask, int64_t bat
   return params;
 }
 
+GramBoundParams gram_bound_params(uintptr_t taps, uintptr_t a, uintptr_t q, uintptr_t signs,
+                                  uintptr_t out, int64_t batch, int64_t channels, int64_t depth,
+                                  int kh, int kw, bool is_double) {
+  check(batch >= 0 && channels >= 0 && depth >= 0, "gram_bound: sizes must not be negative");
+  check(kh >= 1 && kw >= 1, "gram_bound: kh and kw must be positive");
+  const bool empty = batch * channels * depth == 0;
+  check(empty || (taps && q && signs && out), "gram_bound: only a may be null");
+  return {address<const void>(taps), address<const void>(a), address<const void>(q),
+          address<int8_t>(signs), address<void>(out), batch, channels, depth, kh, kw, is_double};
+}
+
 int openmp_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -59,6 +71,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("maxmin_forward_cpu", &maxmin_forward_cpu, no_gil);
   m.def("maxmin_backward_cpu", &maxmin_backward_cpu, no_gil);
 
+  py::class_<GramBoundParams>(m, "GramBoundParams")
+      .def(py::init(&gram_bound_params), py::arg("taps"), py::arg("a"), py::arg("q"),
+           py::arg("signs"), py::arg("out"), py::arg("batch"), py::arg("channels"),
+           py::arg("depth"), py::arg("kh"), py::arg("kw"), py::arg("is_double"));
+  m.attr("gram_bound_tile") = kGramBoundTile;
+
 #if defined(LIPFAST_CUDA_ARCHS)
   m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;
   m.attr("cuda_version") = LIPFAST_CUDA_VERSION;
@@ -68,6 +86,13 @@ PYBIND11_MODULE(_C, m) {
   }, no_gil);
   m.def("maxmin_backward_cuda", [](const MaxMinParams& params, uintptr_t stream) {
     maxmin_backward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("gram_bound_forward_cuda", [](const GramBoundParams& params, uintptr_t stream) {
+    gram_bound_forward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("gram_bound_backward_cuda", [](const GramBoundParams& params, uintptr_t stream) {
+    check(params.a, "gram_bound: a must not be null");
+    gram_bound_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
 #else
   m.attr("cuda_archs") = "";

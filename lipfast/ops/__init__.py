@@ -4,4 +4,4 @@ from .gram_bound import gram_bound
 from .maxmin import maxmin
 from .residual_conv import residual_conv
 
-__all__ = ["maxmin", "residual_conv"]
+__all__ = ["gram_bound", "maxmin", "residual_conv"]

@@ -1,0 +1,111 @@
+"""csrc/gram_bound.cu: executed on the CPU by way of the host compiler, and compiled by nvcc."""
+
+import ctypes
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lipfast.reference.gram_bound import gram_bound as published
+
+ROOT = Path(__file__).resolve().parents[2]
+TILE = 64  # csrc/gram_bound.h: kGramBoundTile
+CXX = os.environ.get("CXX") or next(filter(shutil.which, ["c++", "g++", "clang++"]), None)
+NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    if CXX is None:
+        pytest.skip("no C++ compiler was found")
+    target = tmp_path_factory.mktemp("cuda_on_cpu") / "gram_bound.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
+    flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", f"-I{ROOT}/csrc"]
+    source = Path(__file__).parent / "gram_bound_on_cpu.cpp"
+    subprocess.run([CXX, *flags, str(source), "-o", str(target)], check=True)
+    return ctypes.CDLL(str(target))
+
+
+def run(library, taps: Tensor, a: Tensor | None, q: Tensor, signs: Tensor, out: Tensor) -> None:
+    """Forward without a, else backward; taps (batch, kh, kw, depth, channels)."""
+    batch, kh, kw, depth, channels = taps.shape
+    addresses = [tensor.data_ptr() if tensor is not None else 0 for tensor in (taps, a, q)]
+    library.gram_bound_on_cpu(
+        ctypes.c_bool(a is None),
+        *[ctypes.c_void_p(address) for address in addresses],
+        ctypes.c_void_p(signs.data_ptr()),
+        ctypes.c_void_p(out.data_ptr()),
+        *[ctypes.c_int64(size) for size in (batch, channels, depth)],
+        ctypes.c_int(kh),
+        ctypes.c_int(kw),
+        ctypes.c_bool(taps.dtype == torch.float64),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(1, 1, 1, 3, 3), (1, 3, 3, 3, 3), (1, 17, 17, 3, 3), (2, 5, 7, 2, 4), (1, 33, 70, 1, 1)],
+        *[(1, 2, 3, 1, 7), (1, 3, 2, 7, 1), (1, 130, 5, 1, 2), (1, 5, 130, 2, 1)],
+    ],
+)
+def test_forward_and_backward(library, shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    batch, _, channels, kh, kw = shape
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    q = (torch.rand(batch, channels, generator=generator) + 0.5).to(dtype)
+    grad = torch.randn(batch, channels, generator=generator).to(dtype)
+
+    exact = weight.double().requires_grad_()
+    expected = torch.stack([published(w, v.double()) for w, v in zip(exact, q, strict=True)])
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+
+    taps = weight.permute(0, 3, 4, 1, 2).contiguous()
+    offsets = ((2 * kh - 1) * (2 * kw - 1) + 1) // 2
+    signs = torch.full((batch, channels, offsets, channels), 77, dtype=torch.int8)
+    tiles = math.ceil(channels / TILE)
+    partial = torch.full((batch, 2, offsets, tiles, channels), math.nan, dtype=dtype)
+    run(library, taps, None, q, signs, partial)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    r = partial.sum(dim=(1, 2, 3)) / q
+    assert (r.double() - expected).abs().max() <= tolerance * expected.max()
+    assert torch.equal(signs[:, :, 0], signs[:, :, 0].mT)
+    assert signs.abs().max() == 1
+
+    out = torch.full_like(taps, math.nan)
+    run(library, taps, grad / q, q, signs, out)
+    error = (out.permute(0, 3, 4, 1, 2).double() - expected_grad).abs().max()
+    assert error <= tolerance * expected_grad.abs().max()
+
+
+def test_zeros_have_no_sign(library):
+    taps = torch.randn(1, 2, 2, 3, 5)
+    taps[..., 2] = 0
+    signs = torch.full((1, 5, 5, 5), 77, dtype=torch.int8)
+    partial = torch.full((1, 2, 5, 1, 5), math.nan)
+    run(library, taps, None, torch.ones(1, 5), signs, partial)
+    assert not signs[:, 2].any()
+    assert not signs[..., 2].any()
+    assert partial.sum(dim=(1, 2, 3))[0, 2] == 0
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+@pytest.mark.parametrize("arch", [80, 90])
+def test_nvcc_compiles_without_spills(arch, tmp_path):
+    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v"]
+    command += ["-o", str(tmp_path / "gram_bound.cubin"), str(ROOT / "csrc" / "gram_bound.cu")]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    kernels = report.count("Compiling entry function")
+    assert kernels == 2 * 2  # (forward, backward) x (float32, float64)
+    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    assert report.count(clean) == kernels
+    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 255
+    shared = max(map(int, re.findall(r"(\d+) bytes smem", report)))
+    assert shared <= 48 * 1024
