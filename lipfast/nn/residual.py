@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lipfast import reference
+from lipfast import ops, reference
 
 from .base import LipschitzModule, SoundWeights
 from .cayley import initialise_uniform_bias
@@ -48,7 +48,7 @@ class ResidualModule(LipschitzModule):
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         kernel, bias, scale = weights
         x = match_channels(x, kernel.shape[1])
-        y = reference.residual_conv(x, kernel, bias, scale, self.padding_mode)
+        y = ops.residual_conv(x, kernel, bias, scale, self.padding_mode)
         return y[:, : self.out_channels]
 
     def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
