@@ -21,7 +21,8 @@ def gram_bound_forward(taps: Tensor, q: Tensor, signs: Tensor) -> Tensor:
     """
     batch, kh, kw, channels, depth = taps.shape
     taps = taps.contiguous()
-    tile = _tile(channels)
+    precision = _precision()
+    tile = _tile(channels, precision, backward=False)
     tiles = triton.cdiv(channels, tile)
     offsets = signs.shape[2]
     # Sums over the columns, then over the rows, of each tile: added up in a fixed order.
@@ -39,7 +40,7 @@ def gram_bound_forward(taps: Tensor, q: Tensor, signs: Tensor) -> Tensor:
             kw,
             TILE=tile,
             DEPTH=32,
-            PRECISION=_precision(),
+            PRECISION=precision,
             num_warps=_warps(tile),
             num_stages=3,
         )
@@ -52,7 +53,8 @@ def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor) -> Te
     grad = torch.empty(taps.shape, dtype=taps.dtype, device=taps.device)
     # Tensor cores read TF32 operands along the dimension that is summed over: here the channels.
     turned = taps.mT.contiguous()
-    tile = _tile(channels)
+    precision = _precision()
+    tile = _tile(channels, precision, backward=True)
     programs = triton.cdiv(channels, tile) * triton.cdiv(depth, tile)
     for start in range(0, batch, _MAX_BATCH):
         part = slice(start, start + _MAX_BATCH)
@@ -68,17 +70,21 @@ def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor) -> Te
             kw,
             TILE=tile,
             DEPTH=32,
-            PRECISION=_precision(),
+            PRECISION=precision,
             num_warps=_warps(tile),
             num_stages=3,
         )
     return grad
 
 
-def _tile(channels: int) -> int:
+def _tile(channels: int, precision: str, *, backward: bool) -> int:
+    if precision == "ieee":
+        # With larger tiles Triton computes a float32 that began as int8 in TF32 on Blackwell, as
+        # the backward kernel's signs do.
+        return 32 if backward or channels <= 32 else 64
     if channels <= 32:
         return 32
-    return 128 if channels >= 256 and _precision() == "tf32" else 64
+    return 128 if channels >= 256 else 64
 
 
 def _warps(tile: int) -> int:
@@ -120,9 +126,7 @@ def gram_bound_forward_kernel(
         tl.store(column_sums, tl.zeros((TILE,), tl.float32), mask=j < channels)
     else:
         taps += batch * kh * kw * channels * depth
-        gram = _correlation(
-            taps, i, j, offset, channels, depth, kh, kw, TILE, DEPTH, PRECISION
-        )
+        gram = _correlation(taps, i, j, offset, channels, depth, kh, kw, TILE, DEPTH, PRECISION)
         sign = (gram > 0).to(tl.int8) - (gram < 0).to(tl.int8)
         inside = (i < channels)[:, None] & (j < channels)[None, :]
         line = offsets * channels
@@ -244,4 +248,5 @@ def gram_bound_backward_kernel(
 def _weighted(sign, a, q, a_i, q_i, j, channels):
     a_j = tl.load(a + j, mask=j < channels, other=0)[None, :]
     q_j = tl.load(q + j, mask=j < channels, other=0)[None, :]
-    return sign.to(tl.float32) * (a_i * q_j + a_j * q_i)
+    weight = a_i * q_j + a_j * q_i
+    return tl.where(sign > 0, weight, tl.where(sign < 0, -weight, 0.0))

@@ -87,7 +87,9 @@ def _check(weight: Tensor, q: Tensor | None, axis: str, groups: int) -> None:
     if not isinstance(q, Tensor):
         raise TypeError(f"gram_bound: q must be a torch.Tensor or None, got {type(q).__name__}")
     if q.dtype != weight.dtype:
-        raise TypeError(f"gram_bound: q must have the dtype {weight.dtype} of weight, got {q.dtype}")
+        raise TypeError(
+            f"gram_bound: q must have the dtype {weight.dtype} of weight, got {q.dtype}"
+        )
     if q.device != weight.device:
         raise ValueError(
             f"gram_bound: q must be on the device {weight.device} of weight, got {q.device}"

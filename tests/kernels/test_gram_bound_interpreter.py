@@ -27,8 +27,10 @@ def draw(shape: tuple[int, ...], axis: str):
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 3, 3), (3, 3, 3, 3), (17, 17, 3, 3), (5, 17, 2, 4), (33, 40, 1, 1), (3, 2, 1, 7)]
-    + [(2, 3, 7, 7), (130, 3, 2, 1), (3, 130, 2, 1), (130, 130, 1, 2)],
+    [
+        *[(1, 1, 3, 3), (3, 3, 3, 3), (17, 17, 3, 3), (5, 17, 2, 4), (33, 40, 1, 1)],
+        *[(3, 2, 1, 7), (2, 2, 7, 7), (130, 3, 2, 1), (3, 130, 2, 1), (130, 130, 1, 2)],
+    ],
 )
 def test_forward_and_backward(shape, axis, poisoned_empty):
     weight, q, grad = draw(shape, axis)
