@@ -41,7 +41,7 @@ class _Rule(NamedTuple):
 _FASTEST: dict[str, tuple[_Rule, ...]] = {
     "gram_bound": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("triton", "torch"))),
     "maxmin": (_Rule("cpu", 0, ("cpp",)), _Rule("cuda", 0, ("triton", "cuda"))),
-    "residual_conv": (_Rule("cpu", 0, ("cpp",)), _Rule("cuda", 0, ("cuda",))),
+    "residual_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
 }
 
 _can_run: dict[str, Mapping[str, CanRun]] = {}

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from lipfast import backends
 from lipfast.reference import circular_pad, conv2d_same, conv2d_same_adjoint
@@ -40,9 +41,9 @@ def residual_conv(
         bias: (hidden,) or None.
         scale: (hidden,) or a tensor without axes, non-negative.
         padding_mode: "zeros" or "circular".
-        backend: "cpp" on a CPU and "cuda" on a GPU are torch's convolutions with this derivative,
-            "reference" is the published form with torch's derivative; None takes the forced
-            backend (`lipfast.set_backend`), or else the fastest that can run.
+        backend: "torch" is torch's convolutions with this derivative, "reference" the published
+            form with torch's derivative; None takes the forced backend (`lipfast.set_backend`), or
+            else "torch" where it can run.
 
     Returns:
         y: (n, c, h, w), dtype, device and memory format of x.
@@ -115,9 +116,9 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _cannot_run(device: str, x: Tensor, *others: Tensor | None) -> str | None:
-    if x.device.type != device:
-        return f"it needs tensors on {device}, got one on {x.device}"
+def _can_run(x: Tensor, *others: Tensor | None) -> str | None:
+    if x.is_meta:
+        return "it needs tensors on a CPU or a CUDA GPU, got one on meta"
     if torch.compiler.is_compiling():
         return None
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -126,14 +127,7 @@ def _cannot_run(device: str, x: Tensor, *others: Tensor | None) -> str | None:
     return None
 
 
-backends.register(
-    "residual_conv",
-    {
-        "cuda": lambda *tensors: _cannot_run("cuda", *tensors),
-        "cpp": lambda *tensors: _cannot_run("cpu", *tensors),
-        "reference": lambda *tensors: None,
-    },
-)
+backends.register("residual_conv", {"torch": _can_run, "reference": lambda *tensors: None})
 
 
 def _forward(
@@ -226,7 +220,7 @@ def _kernel_gradient(
     x = x.to(dtype)
     if padding_mode == "circular":
         x, padding = circular_pad(x, *padding), (0, 0)
-    return torch.nn.grad.conv2d_weight(x, kernel.shape, y, padding=padding)
+    return conv2d_weight(x, kernel.shape, y, padding=padding)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -78,7 +78,7 @@ def test_is_as_near_to_float64_as_the_published_form(mode, layout, dtype, poison
             assert b.dtype == dtype
             error, other = ((value.double() - a).norm() for value in (b, c))
             floor = 4 * torch.finfo(dtype).eps * float(a.detach().norm())
-            assert float(error) <= 2 * float(other) + floor
+            assert float(error.detach()) <= 2 * float(other.detach()) + floor
 
 
 @pytest.mark.parametrize("wanted", range(1, 16))
@@ -237,30 +237,28 @@ def test_torch_func_takes_the_published_form():
         lambda x: residual_conv(x, *inputs[1:], "zeros"), inputs[0]
     )
     torch.testing.assert_close(jacobian, expected)
-    with pytest.raises(ValueError, match=r"'cpp' cannot run: the transforms of torch\.func"):
-        torch.func.vmap(lambda x: residual_conv(x, *inputs[1:], "zeros", backend="cpp"))(
+    with pytest.raises(ValueError, match=r"'torch' cannot run: the transforms of torch\.func"):
+        torch.func.vmap(lambda x: residual_conv(x, *inputs[1:], "zeros", backend="torch"))(
             inputs[0][None]
         )
 
 
 def test_choice_of_backend():
     x, *rest = arguments()
-    assert backends.choose("residual_conv", x, *rest) == "cpp"
+    assert backends.choose("residual_conv", x, *rest) == "torch"
     with lipfast.backend("reference"):
         assert torch.equal(residual_conv(x, *rest, "zeros"), published(x, *rest, "zeros"))
     meta = [t.to("meta") for t in (x, *rest)]
     assert residual_conv(*meta, "zeros").is_meta
-    with pytest.raises(ValueError, match="'cuda' cannot run: it needs tensors on cuda"):
-        residual_conv(x, *rest, "zeros", backend="cuda")
+    with pytest.raises(ValueError, match="'torch' cannot run: .* got one on meta"):
+        residual_conv(*meta, "zeros", backend="torch")
 
 
 def test_is_deterministic_and_leaves_its_arguments_alone():
     inputs = arguments((4, 8, 9, 9), 8, dtype=torch.float32)
     before = [t.detach().clone() for t in inputs]
-    first = gradients(residual_conv, inputs, "zeros")
-    for _ in range(3):
-        again = gradients(residual_conv, inputs, "zeros")
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    first, again = (gradients(residual_conv, inputs, "zeros") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
 
 
