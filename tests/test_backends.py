@@ -54,7 +54,9 @@ def test_context_manager_restores_after_an_error():
 
 @pytest.mark.parametrize("force", [backends.set_backend, backends.backend])
 def test_unknown_name(force):
-    with pytest.raises(ValueError, match=r"one of triton, cuda, cpp, reference or None, got 'gpu'"):
+    with pytest.raises(
+        ValueError, match=r"one of triton, cuda, cpp, torch, reference or None, got 'gpu'"
+    ):
         force("gpu")
 
 
