@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lipfast import reference
+from lipfast import ops, reference
 
 from .base import SoundWeights
 from .kernel import KernelModule
@@ -15,23 +15,33 @@ _EPSILON = 1e-6
 class _AOL(KernelModule):
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
         weight, scale = reference.unit_scale(self._kernel_parameter(), minimum=1.0)
-        return (weight * _rescale(weight, scale)[:, None, None],)
+        rows = ops.gram_bound(weight, groups=self.groups)
+        return (self._scale_inputs(weight, _rescale(rows, scale)),)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         weight, scale = reference.unit_scale(self._kernel_parameter().double(), minimum=1.0)
-        rescaling = _rescale(weight, scale)
-        kernel = weight * rescaling[:, None, None]
+        rescaling = _rescale(self._proved_rows(weight), scale)
+        kernel = self._scale_inputs(weight, rescaling)
         q = torch.where(rescaling > 0, 1 / rescaling, 1)
-        bound = reference.gram_norm_bound(kernel, q)
+        bound = self._proved_rows(kernel, q).amax().sqrt()
         kernel, bound = reference.round_contraction(kernel, bound, self.weight.dtype)
-        bound = torch.minimum(bound, reference.gram_norm_bound(kernel.double(), q))
+        bound = torch.minimum(bound, self._proved_rows(kernel.double(), q).amax().sqrt())
         return SoundWeights((kernel,), bound)
+
+    def _proved_rows(self, kernel: Tensor, q: Tensor | None = None) -> Tensor:
+        return ops.gram_bound(kernel, q, groups=self.groups, backend="reference")
+
+    def _scale_inputs(self, kernel: Tensor, factors: Tensor) -> Tensor:
+        """Multiply the slices of (out, in / groups, kh, kw) that belong to an input channel."""
+        blocks = kernel.unflatten(0, (self.groups, -1))
+        return (blocks * factors.view(self.groups, 1, -1, 1, 1)).flatten(0, 1)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Dirac kernel where channels are equal, else an orthogonal one; zero bias."""
         kernel = self.weight if self.weight.dim() == 4 else self.weight[:, :, None, None]
-        initialise_dirac_or_orthogonal(kernel)
+        for block in kernel.chunk(self.groups):
+            initialise_dirac_or_orthogonal(block)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -42,9 +52,12 @@ class AOLConv2d(_AOL, LipschitzConv2d):
     The kernel is P diag(d), d_i = (sum_j sum_delta |G_delta|_ij + 1e-6)^(-1/2), G the
     self-correlation of the weight P (Prach and Lampert 2022, theorem 2). The bound holds for zero
     and circular padding and every map size, and is checked in float64 in evaluation mode.
-    Any in_channels and out_channels. See `LipschitzConv2d` for the arguments.
+    Any in_channels and out_channels, kernels of two different odd sizes, and any stride, dilation,
+    groups and zero padding; circular padding of at most dilation * (kernel_size // 2): a subset of
+    the outputs of the bounded convolution. See `LipschitzConv2d` for the other arguments.
     """
 
+    _free_arguments = ("kernel_size", "stride", "padding", "dilation", "groups")
     _padding_modes = ("circular", "zeros")
 
 
@@ -68,5 +81,5 @@ def initialise_dirac_or_orthogonal(kernel: Tensor) -> None:
         centre.copy_(nn.init.orthogonal_(matrix))
 
 
-def _rescale(weight: Tensor, scale: Tensor) -> Tensor:
-    return reference.aol_rescale(weight, epsilon=_EPSILON / scale**2)
+def _rescale(rows: Tensor, scale: Tensor) -> Tensor:
+    return reference.inverse_or_zero(rows + _EPSILON / scale**2, power=0.5)

@@ -64,6 +64,10 @@ class LipschitzModule(nn.Module):
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
     padding_mode: str
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -140,7 +144,7 @@ class LipschitzModule(nn.Module):
     def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         """Register the weight and the bias, or None for it; further parameters go on top."""
         taps = () if self._linear else self.kernel_size
-        shape = (self.out_channels, self.in_channels, *taps)
+        shape = (self.out_channels, self.in_channels // self.groups, *taps)
         self.weight = nn.Parameter(torch.empty(shape, **factory))
         self._register_bias(self.out_channels if bias else None, factory)
 

@@ -9,17 +9,26 @@ from .base import LipschitzModule
 
 
 class KernelModule(LipschitzModule):
-    """A layer whose only weight is a kernel (out, in, kh, kw), applied as a convolution."""
+    """A layer whose only weight is the kernel (out, in / groups, kh, kw) of a convolution."""
 
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        return reference.conv2d_same(x, weights[0], self.bias, self.padding_mode)
+        return reference.conv2d(
+            x,
+            weights[0],
+            self.bias,
+            self.padding_mode,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
 
     def _kernel_parameter(self) -> Tensor:
         """The weight as a kernel, in at least float32."""
         return as_kernel(self.weight)
 
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
-        """Return the kernel (out, in, kh, kw), or matrix (out, in), used in evaluation mode."""
+        """Return the kernel (out, in / groups, kh, kw), or matrix (out, in), of evaluation mode."""
         (kernel,) = self._sound(self._map_size(input_size)).weights
         return (kernel.flatten(1) if self._linear else kernel).clone()
 
@@ -44,10 +53,13 @@ def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -
     else:
         plain = nn.utils.skip_init(
             nn.Conv2d,
-            in_channels,
+            in_channels * module.groups,
             out_channels,
             (kh, kw),
-            padding=(kh // 2, kw // 2),
+            stride=module.stride,
+            padding=module.padding,
+            dilation=module.dilation,
+            groups=module.groups,
             padding_mode=module.padding_mode,
             **factory,
         )

@@ -14,17 +14,18 @@ from .base import LipschitzModule
 class LipschitzConv2d(LipschitzModule):
     """A 1-Lipschitz layer with the signature of `torch.nn.Conv2d`.
 
-    Maps (n, in_channels, h, w), or (in_channels, h, w), to the same with out_channels, at stride 1
-    and with the map size kept.
+    Maps (n, in_channels, h, w), or (in_channels, h, w), to the same with out_channels, and with the
+    map size kept unless the layer takes other strides or paddings.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output; each layer says how it makes them differ.
-        kernel_size: odd number, or a pair of equal ones where the method needs square kernels.
-        stride: 1.
-        padding: "same", or the number of pixels that means the same, kernel_size // 2.
-        dilation: 1.
-        groups: 1.
+        kernel_size: odd number, or a pair of equal ones; of any odd ones where the layer says so.
+        stride: 1, or any where the layer says so.
+        padding: "same", or the number of pixels that means the same at stride 1,
+            dilation * (kernel_size // 2); others and "valid" where the layer says so.
+        dilation: 1, or any where the layer says so.
+        groups: 1, or a divisor of both numbers of channels where the layer says so.
         bias: learn an additive bias.
         padding_mode: "zeros" or "circular", where the method's bound holds; the published one
             by default.
@@ -36,6 +37,8 @@ class LipschitzConv2d(LipschitzModule):
     """
 
     _padding_modes: ClassVar[tuple[str, ...]] = ("zeros", "circular")
+    # of "kernel_size" (not square), "stride", "padding", "dilation" and "groups"
+    _free_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -58,31 +61,80 @@ class LipschitzConv2d(LipschitzModule):
         self.kernel_size = _pair("kernel_size", kernel_size, name)
         if any(k < 1 or k % 2 == 0 for k in self.kernel_size):
             raise ValueError(f"kernel_size: {name} expected odd sizes >= 1, got {kernel_size!r}")
-        if self.kernel_size[0] != self.kernel_size[1]:
+        if not self._is_free("kernel_size") and self.kernel_size[0] != self.kernel_size[1]:
             raise ValueError(f"kernel_size: {name} expected a square kernel, got {kernel_size!r}")
-        for argument, value in (("stride", stride), ("dilation", dilation), ("groups", groups)):
-            if _pair(argument, value, name) != (1, 1):
-                raise ValueError(f"{argument}: {name} expected 1, got {value!r}")
-        half = (self.kernel_size[0] // 2, self.kernel_size[1] // 2)
-        if padding != "same" and (
-            isinstance(padding, str) or _pair("padding", padding, name) != half
-        ):
-            raise ValueError(
-                f"padding: {name} keeps the size of the map; expected 'same' or {half[0]} for "
-                f"kernel size {self.kernel_size[0]}, got {padding!r}"
-            )
+        self.stride = self._positive_pair("stride", stride)
+        self.dilation = self._positive_pair("dilation", dilation)
+        self.groups = self._checked_groups(groups)
         self.padding_mode = self._padding_modes[0] if padding_mode is None else padding_mode
         if self.padding_mode not in self._padding_modes:
             raise ValueError(
                 f"padding_mode: {name} is 1-Lipschitz for {' and '.join(self._padding_modes)} "
                 f"padding, got {padding_mode!r}"
             )
+        self.padding = self._checked_padding(padding)
         check_floating(dtype, name)
         self._make_parameters(bool(bias), {"device": device, "dtype": dtype})
         self.reset_parameters()
 
+    def _is_free(self, argument: str) -> bool:
+        return argument in self._free_arguments
+
+    def _positive_pair(self, argument: str, value: int | Sequence[int]) -> tuple[int, int]:
+        name = type(self).__name__
+        pair = _pair(argument, value, name)
+        if not self._is_free(argument) and pair != (1, 1):
+            raise ValueError(f"{argument}: {name} expected 1, got {value!r}")
+        if min(pair) < 1:
+            raise ValueError(f"{argument}: {name} expected integers >= 1, got {value!r}")
+        return pair
+
+    def _checked_groups(self, groups: int) -> int:
+        name = type(self).__name__
+        if not self._is_free("groups"):
+            return self._positive_pair("groups", groups)[0]
+        groups = positive_int("groups", groups, name)
+        if self.in_channels % groups or self.out_channels % groups:
+            raise ValueError(
+                f"groups: {name} expected a divisor of in_channels {self.in_channels} and "
+                f"out_channels {self.out_channels}, got {groups}"
+            )
+        return groups
+
+    def _checked_padding(self, padding: int | str | Sequence[int]) -> tuple[int, int]:
+        name = type(self).__name__
+        free = self._is_free("padding")
+        same = tuple(d * (k // 2) for d, k in zip(self.dilation, self.kernel_size, strict=True))
+        if padding == "same":
+            return same  # type: ignore[return-value]
+        if padding == "valid" and free:
+            return (0, 0)
+        if isinstance(padding, str) or (not free and _pair("padding", padding, name) != same):
+            sizes = (
+                "expected 'same', 'valid' or numbers"
+                if free
+                else (
+                    f"keeps the size of the map; expected 'same' or {same[0]} for kernel size "
+                    f"{self.kernel_size[0]}"
+                )
+            )
+            raise ValueError(f"padding: {name} {sizes}, got {padding!r}")
+        pair = _pair("padding", padding, name)
+        if min(pair) < 0:
+            raise ValueError(f"padding: {name} expected integers >= 0, got {padding!r}")
+        # more circular padding repeats outputs, which adds to their norm
+        if self.padding_mode == "circular" and any(p > s for p, s in zip(pair, same, strict=True)):
+            raise ValueError(
+                f"padding: {name} is 1-Lipschitz for circular padding of at most {same}, "
+                f"got {padding!r}"
+            )
+        return pair
+
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to (n, in_channels, h, w) or (in_channels, h, w), any h, w >= 1."""
+        """Apply the layer to (n, in_channels, h, w) or (in_channels, h, w).
+
+        Any h, w >= 1; less padding than "same" needs maps of the size of the kernel.
+        """
         if not isinstance(x, Tensor) or x.dim() not in (3, 4):
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             kind = TypeError if not isinstance(x, Tensor) else ValueError
@@ -93,15 +145,25 @@ class LipschitzConv2d(LipschitzModule):
         self._check_input(x, channels_dim=-3)
         batch = x if x.dim() == 4 else x[None]
         h, w = batch.shape[-2:]
-        if h < 1 or w < 1:
-            raise ValueError(f"input: expected h, w >= 1, got shape {tuple(x.shape)}")
+        needed = tuple(
+            max(1, d * (k - 1) + 1 - 2 * p)
+            for k, d, p in zip(self.kernel_size, self.dilation, self.padding, strict=True)
+        )
+        if h < needed[0] or w < needed[1]:
+            least = "h, w >= 1" if needed == (1, 1) else f"h, w >= {needed[0]}, {needed[1]}"
+            raise ValueError(f"input: expected {least}, got shape {tuple(x.shape)}")
         y = self._run(batch, self._weights((h, w), x))
         return y if x.dim() == 4 else y[0]
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
+        free = ("stride", "padding", "dilation", "groups")
+        shown = [f"{name}={getattr(self, name)}" for name in free if self._is_free(name)]
+        return ", ".join(
+            [
+                f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}",
+                *shown,
+                f"bias={self.bias is not None}, padding_mode={self.padding_mode!r}",
+            ]
         )
 
 
@@ -122,8 +184,10 @@ class LipschitzLinear(LipschitzModule):
     """
 
     _linear = True
+    kernel_size = stride = dilation = (1, 1)
+    padding = (0, 0)
+    groups = 1
     padding_mode = "zeros"
-    kernel_size = (1, 1)
 
     def __init__(
         self,

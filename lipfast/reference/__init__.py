@@ -9,7 +9,7 @@ from .conv_norm import (
     torus_bound,
     unfolding_bound,
 )
-from .convolution import circular_pad, conv2d_same, conv2d_same_adjoint, transpose_kernel
+from .convolution import circular_pad, conv2d, conv2d_same, conv2d_same_adjoint, transpose_kernel
 from .fourier_conv import fourier_conv, kernel_spectrum
 from .gram_bound import aol_rescale, gram_bound, inverse_or_zero
 from .polar import bjorck, polar
@@ -28,6 +28,7 @@ __all__ = [
     "block_conv",
     "cayley",
     "circular_pad",
+    "conv2d",
     "conv2d_same",
     "conv2d_same_adjoint",
     "conv_norm_bound",

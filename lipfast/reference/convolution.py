@@ -1,19 +1,40 @@
-"""The same-size 2-d convolution and its adjoint, for zero and circular padding."""
+"""2-d convolutions and the same-size one's adjoint, for zero and circular padding."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def conv2d_same(x: Tensor, kernel: Tensor, bias: Tensor | None, padding_mode: str) -> Tensor:
-    """Convolve `x` (n, in, h, w) with an odd-sized `kernel` (out, in, kh, kw) to (n, out, h, w).
+def conv2d(
+    x: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None,
+    padding_mode: str,
+    *,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Convolve `x` (n, in, h, w) with `kernel` (out, in / groups, kh, kw), as `nn.Conv2d` does.
 
     `padding_mode` is "zeros" or "circular"; circular padding wraps as often as the map needs.
     """
-    ph, pw = kernel.shape[-2] // 2, kernel.shape[-1] // 2
     if padding_mode == "zeros":
-        return F.conv2d(x, kernel, bias, padding=(ph, pw))
-    return F.conv2d(circular_pad(x, ph, pw), kernel, bias)
+        return F.conv2d(x, kernel, bias, stride, padding, dilation, groups)
+    return F.conv2d(circular_pad(x, *padding), kernel, bias, stride, 0, dilation, groups)
+
+
+def conv2d_same(x: Tensor, kernel: Tensor, bias: Tensor | None, padding_mode: str) -> Tensor:
+    """Convolve `x` (n, in, h, w) with an odd-sized `kernel` (out, in, kh, kw) to (n, out, h, w).
+
+    `padding_mode` is "zeros" or "circular", see `conv2d`.
+    """
+    padding = (kernel.shape[-2] // 2, kernel.shape[-1] // 2)
+    one = (1, 1)
+    return conv2d(
+        x, kernel, bias, padding_mode, stride=one, padding=padding, dilation=one, groups=1
+    )
 
 
 def conv2d_same_adjoint(y: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:

@@ -236,8 +236,26 @@ BAD_CONV_ARGUMENTS = {
     "zero kernel": ((4, 4, 0), {}, "kernel_size: .*odd.*got 0"),
     "negative kernel": ((4, 4, -3), {}, "kernel_size: .*odd.*got -3"),
     "float kernel": ((4, 4, 3.0), {}, r"kernel_size: .*integer.*3\.0"),
-    "not square": ((4, 4, (1, 3)), {}, r"kernel_size: .*square.*\(1, 3\)"),
     "triple": ((4, 4, (3, 3, 3)), {}, r"kernel_size: .*pair.*\(3, 3, 3\)"),
+    "no stride": ((4, 4, 3), {"stride": 0}, "stride: .*expected .*1.*got 0"),
+    "stride text": ((4, 4, 3), {"stride": "2"}, "stride: .*pair.*got '2'"),
+    "no dilation": ((4, 4, 3), {"dilation": (1, 0)}, r"dilation: .*expected .*1.*\(1, 0\)"),
+    "groups": ((4, 4, 3), {"groups": 3}, "groups: .*expected .*got 3"),
+    "no groups": ((4, 4, 3), {"groups": 0}, "groups: .*expected .*got 0"),
+    "negative padding": ((4, 4, 3), {"padding": -1}, "padding: .*got -1"),
+    "text padding": ((4, 4, 3), {"padding": "full"}, "padding: .*'same'.*'full'"),
+    "wide circular": (
+        (4, 4, 3),
+        {"padding": 2, "padding_mode": "circular"},
+        "padding: .*got 2",
+    ),
+    "reflect": ((4, 4, 3), {"padding_mode": "reflect"}, "padding_mode: .*circular.*'reflect'"),
+    "replicate": ((4, 4, 3), {"padding_mode": "replicate"}, "padding_mode: .*'replicate'"),
+    "int64": ((4, 4, 3), {"dtype": torch.int64}, "dtype: .*floating-point.*torch.int64"),
+    "complex64": ((4, 4, 3), {"dtype": torch.complex64}, "dtype: .*floating-point.*complex64"),
+}
+BAD_SAME_SIZE_ARGUMENTS = {
+    "not square": ((4, 4, (1, 3)), {}, r"kernel_size: .*square.*\(1, 3\)"),
     "stride": ((4, 4, 3), {"stride": 2}, "stride: .*expected 1.*got 2"),
     "stride pair": ((4, 4, 3), {"stride": (1, 2)}, r"stride: .*expected 1.*\(1, 2\)"),
     "dilation": ((4, 4, 3), {"dilation": 2}, "dilation: .*expected 1.*got 2"),
@@ -246,10 +264,13 @@ BAD_CONV_ARGUMENTS = {
     "valid": ((4, 4, 3), {"padding": "valid"}, "padding: .*'same' or 1.*'valid'"),
     "wide padding": ((4, 4, 3), {"padding": 2}, "padding: .*'same' or 1.*got 2"),
     "padding pair": ((4, 4, 3), {"padding": (1, 0)}, r"padding: .*'same' or 1.*\(1, 0\)"),
-    "reflect": ((4, 4, 3), {"padding_mode": "reflect"}, "padding_mode: .*circular.*'reflect'"),
-    "replicate": ((4, 4, 3), {"padding_mode": "replicate"}, "padding_mode: .*'replicate'"),
-    "int64": ((4, 4, 3), {"dtype": torch.int64}, "dtype: .*floating-point.*torch.int64"),
-    "complex64": ((4, 4, 3), {"dtype": torch.complex64}, "dtype: .*floating-point.*complex64"),
+}
+BAD_AOL_ARGUMENTS = {
+    "even and odd": ((4, 4, (3, 2)), {}, r"kernel_size: .*odd.*\(3, 2\)"),
+    "groups of in": ((4, 6, 3), {"groups": 3}, "groups: .*in_channels 4 and out_channels 6.*got 3"),
+    "groups of out": ((6, 4, 3), {"groups": 3}, "groups: .*in_channels 6.*got 3"),
+    "float groups": ((4, 4, 3), {"groups": 2.0}, r"groups: .*integer.*got 2\.0"),
+    "wide circular": ((4, 4, 3), {"padding": (1, 2)}, r"padding: .*at most \(1, 1\), got \(1, 2\)"),
 }
 BAD_LINEAR_ARGUMENTS = {
     "no features": ((0, 4), {}, "in_features: .*>= 1.*got 0"),
@@ -261,8 +282,9 @@ BAD_LINEAR_ARGUMENTS = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bad_constructor_arguments(method):
+    own = BAD_AOL_ARGUMENTS if method == "aol" else BAD_SAME_SIZE_ARGUMENTS
     for layer, table in (
-        (lnn.METHODS[method].conv, BAD_CONV_ARGUMENTS),
+        (lnn.METHODS[method].conv, BAD_CONV_ARGUMENTS | own),
         (lnn.METHODS[method].linear, BAD_LINEAR_ARGUMENTS),
     ):
         for arguments, keywords, message in table.values():

@@ -250,7 +250,7 @@ def test_choice_of_backend():
         assert torch.equal(residual_conv(x, *rest, "zeros"), published(x, *rest, "zeros"))
     meta = [t.to("meta") for t in (x, *rest)]
     assert residual_conv(*meta, "zeros").is_meta
-    with pytest.raises(ValueError, match="'torch' cannot run: .* got one on meta"):
+    with pytest.raises(ValueError, match=r"'torch' cannot run: .* got one on meta"):
         residual_conv(*meta, "zeros", backend="torch")
 
 
