@@ -107,11 +107,11 @@ class _SLL(ResidualModule):
         super().reset_parameters()
         nn.init.normal_(self.q)
 
-    def _row_sums(self, kernel: Tensor, scale: Tensor) -> Tensor:
+    def _row_sums(self, kernel: Tensor, scale: Tensor, backend: str | None = None) -> Tensor:
         scale = scale * kernel.detach().abs().amax(dim=(1, 2, 3))  # the largest tap: 1, or 0
         q = (self.q.to(kernel.dtype).abs() + _Q_EPSILON) * reference.unit_scale(scale)[0]
         q = reference.unit_scale(q)[0].clamp_min(_Q_MINIMUM)
-        return reference.gram_bound(kernel, q, axis="out")
+        return ops.gram_bound(kernel, q, axis="out", backend=backend)
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
         kernel, scale = reference.unit_scale(as_kernel(self.weight), dim=(1, 2, 3))
@@ -123,7 +123,7 @@ class _SLL(ResidualModule):
         scale = scale.flatten()
         dtype = self.weight.dtype
         kernel = kernel.to(dtype)
-        rows = self._row_sums(kernel.double(), scale)
+        rows = self._row_sums(kernel.double(), scale, "reference")
         t = _round_down(2 * reference.inverse_or_zero(rows), dtype)
         bound = (t.double() * rows - 1).amax().clamp_min(1)
         return SoundWeights((kernel, self._scaled_bias(scale).to(dtype), t), bound)
