@@ -66,7 +66,7 @@ def bench_gram_bound(compare, channels, precision, benchmark):
     if GPU:
         megabytes = extra_memory(variants[chosen]) / 1e6
         benchmark.extra_info["extra_megabytes"] = round(megabytes, 2)
-        print(f"{megabytes:.1f} MB above the weight, its copy and its gradient")
+        print(f"{megabytes:.1f} MB at the peak beyond what the step returns")
 
 
 def extra_memory(function: Callable[[], object]) -> int:

@@ -47,10 +47,15 @@ def gram_bound_forward(taps: Tensor, q: Tensor, signs: Tensor) -> Tensor:
     return partial.sum(dim=(1, 2, 3))
 
 
-def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor) -> Tensor:
-    """Return dL/dtaps (batch, kh, kw, c, n) for a = dL/dr / q (batch, c), contiguous."""
+def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor, grad: Tensor) -> None:
+    """Write dL/dtaps into grad, (batch, kh, kw, c, n) with any strides.
+
+    Args:
+        taps, signs, q: as in the forward.
+        a: dL/dr / q, (batch, c), contiguous.
+        grad: written.
+    """
     batch, kh, kw, channels, depth = taps.shape
-    grad = torch.empty(taps.shape, dtype=taps.dtype, device=taps.device)
     # Tensor cores read TF32 operands along the dimension that is summed over: here the channels.
     turned = taps.mT.contiguous()
     precision = _precision()
@@ -68,13 +73,13 @@ def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor) -> Te
             depth,
             kh,
             kw,
+            *grad.stride(),
             TILE=tile,
             DEPTH=32,
             PRECISION=precision,
             num_warps=_warps(tile),
             num_stages=3,
         )
-    return grad
 
 
 def _tile(channels: int, precision: str, *, backward: bool) -> int:
@@ -194,6 +199,11 @@ def gram_bound_backward_kernel(
     depth,
     kh,
     kw,
+    batch_stride,
+    row_stride,
+    column_stride,
+    channel_stride,
+    depth_stride,
     TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -207,7 +217,7 @@ def gram_bound_backward_kernel(
     line = (offsets * channels).to(tl.int64)
     size = channels.to(tl.int64) * depth
     taps += batch * kh * kw * size
-    grad += (batch * kh * kw + x) * size
+    grad += batch * batch_stride + (x // kw) * row_stride + (x % kw) * column_stride
     signs += batch * channels * line
     a += batch * channels
     q += batch * channels
@@ -240,7 +250,7 @@ def gram_bound_backward_kernel(
         factor = _weighted(tl.trans(sign), a, q, a_i, q_i, start + j, channels)
         b = tl.load(taps + y * size + start + right, mask=deep & live, other=0)
         out = tl.dot(factor, tl.trans(b), out, input_precision=PRECISION)
-    place = i.to(tl.int64)[:, None] * depth + n[None, :]
+    place = i.to(tl.int64)[:, None] * channel_stride + n.to(tl.int64)[None, :] * depth_stride
     tl.store(grad + place, out, mask=inside & (n < depth)[None, :])
 
 

@@ -1,6 +1,7 @@
 """Row sums of a convolution's Gram operator (Prach and Lampert 2022; Araujo et al. 2023)."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -57,6 +58,9 @@ def gram_bound(
         weight, q = weight.float(), None if q is None else q.float()
     if chosen == "reference":
         return _published(weight, q, axis, groups).to(dtype)
+    if chosen == "torch" and not torch.compiler.is_compiling():
+        # A small kernel would spend more time in the registered op's dispatch than in its products.
+        return _Eager.apply(weight, q, axis, groups, chosen).to(dtype)
     return torch.ops.lipfast.gram_bound(weight, q, axis, groups, chosen)[0].to(dtype)
 
 
@@ -154,18 +158,19 @@ def _published(weight: Tensor, q: Tensor | None, axis: str, groups: int) -> Tens
 def _forward(
     weight: Tensor, q: Tensor | None, axis: str, groups: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    r, signs = _forward_fake(weight, q, axis, groups, backend)
-    if weight.numel() == 0:
-        return r.zero_(), signs.zero_()
     taps = _taps(weight, axis, groups)
-    rows = None if q is None else q.reshape(len(taps), -1)
-    with torch.autocast(weight.device.type, enabled=False):
+    if weight.numel() == 0:
+        r, signs = _forward_fake(weight, q, axis, groups, backend)
+        return r.zero_(), signs.zero_()
+    rows = None if q is None else q.reshape(len(taps), -1).contiguous()
+    with _without_autocast(weight):
         if backend == "torch":
-            sums, signs = gram_bound_gemm.gram_bound_forward(taps.contiguous(), rows)
-            return sums.view(r.shape), signs
-        ones = taps.new_ones(taps.shape[0], taps.shape[3]) if rows is None else rows.contiguous()
-        sums = _launcher(backend).gram_bound_forward(taps, ones, signs) / ones
-    return sums.view(r.shape), signs
+            sums, signs = gram_bound_gemm.gram_bound_forward(taps, rows)
+        else:
+            signs = _forward_fake(weight, q, axis, groups, backend)[1]
+            scale = taps.new_ones(taps.shape[0], taps.shape[3]) if rows is None else rows
+            sums = _launcher(backend).gram_bound_forward(taps, scale, signs) / scale
+    return sums.view(_result_shape(weight, axis, groups)), signs
 
 
 def _backward(
@@ -181,19 +186,27 @@ def _backward(
     grad_weight, grad_q = _backward_fake(grad, weight, q, r, signs, axis, groups, backend)
     if weight.numel() == 0:
         return grad_weight.zero_(), grad_q.zero_()
-    taps = _taps(weight, axis, groups).contiguous()
+    taps, grad_taps = _taps(weight, axis, groups), _taps(grad_weight, axis, groups)
     grad, r = grad.reshape(len(taps), -1), r.reshape(len(taps), -1)
-    rows = torch.ones_like(grad) if q is None else q.reshape(len(taps), -1).contiguous()
-    a = grad / rows
-    with torch.autocast(weight.device.type, enabled=False):
-        numbers = gram_bound_gemm if backend == "torch" else _launcher(backend)
-        grad_taps = numbers.gram_bound_backward(taps, signs.contiguous(), a, rows)
-    _taps(grad_weight, axis, groups).copy_(grad_taps)
+    rows = None if q is None else q.reshape(len(taps), -1).contiguous()
+    scale = torch.ones_like(grad) if rows is None else rows
+    a = grad / scale
+    with _without_autocast(weight):
+        if backend == "torch":
+            gram_bound_gemm.gram_bound_backward(taps, signs, a, rows, grad_taps)
+        else:
+            _launcher(backend).gram_bound_backward(taps, signs.contiguous(), a, scale, grad_taps)
     if q is None:
         return grad_weight, grad_q
-    # The row sums are homogeneous: <taps_i, dL/dtaps_i> = a_i q_i r_i + q_i sum_j N_ij a_j.
+    # <taps_i, dL/dtaps_i> = a_i q_i r_i + q_i sum_j N_ij a_j, since r is homogeneous in the taps.
     inner = (taps * grad_taps).sum(dim=(1, 2, 4))
-    return grad_weight, ((inner - 2 * grad * r) / rows).view(q.shape)
+    return grad_weight, ((inner - 2 * grad * r) / scale).view(q.shape)
+
+
+def _without_autocast(weight: Tensor) -> AbstractContextManager[object]:
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.autocast(weight.device.type, enabled=False)
+    return nullcontext()
 
 
 def _launcher(backend: str):  # type: ignore[no-untyped-def]
@@ -243,6 +256,23 @@ def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def
         grad, weight, q, r, signs, *ctx.options
     )
     return grad_weight, None if q is None else grad_q, None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The op without a dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        r, signs = _forward(*inputs)
+        weight, q, *ctx.options = inputs
+        ctx.save_for_backward(weight, q, r, signs)
+        return r
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        op = torch.ops.lipfast.gram_bound_backward if torch.is_grad_enabled() else _backward
+        grad_weight, grad_q = op(grad, *ctx.saved_tensors, *ctx.options)
+        return grad_weight, grad_q if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]

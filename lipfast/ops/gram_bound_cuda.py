@@ -23,12 +23,12 @@ def gram_bound_forward(taps: Tensor, q: Tensor, signs: Tensor) -> Tensor:
     return partial.sum(dim=(1, 2, 3))
 
 
-def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor) -> Tensor:
-    """Return dL/dtaps (batch, kh, kw, c, n) for a = dL/dr / q (batch, c), contiguous."""
+def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor, grad: Tensor) -> None:
+    """Write dL/dtaps into grad (batch, kh, kw, c, n), for a = dL/dr / q (batch, c), contiguous."""
     turned = taps.mT.contiguous()
     out = torch.empty_like(turned)
     _run("gram_bound_backward_cuda", turned, a, q, signs, out)
-    return out.mT
+    grad.copy_(out.mT)
 
 
 def _run(

@@ -5,49 +5,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Up to this many numbers in a kernel one product over a zero-padded kernel is faster than one for
-# each row of taps: measured by bench/bench_gram_bound.py, the two meet between c = 32 and 48.
-_ONE_PRODUCT = 9 * 40**2
+# each row of taps; measured for 3x3 kernels, where the ways meet near c = 40 and c = 72.
+_ONE_PRODUCT_FORWARD = 9 * 40**2
+_ONE_PRODUCT_BACKWARD = 9 * 72**2
 
 
 def gram_bound_forward(taps: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the row sums r and the signs of the correlations at the half plane of offsets.
 
     Args:
-        taps: (batch, kh, kw, c, n), contiguous, channels to correlate before those to sum over.
+        taps: (batch, kh, kw, c, n), channels to correlate before those to sum over.
         q: (batch, c), or None for ones.
 
     Returns:
         r (batch, c), and int8 signs (batch, c, offsets, c), offsets (dy, dx) in the order of
         dy (2 kw - 1) + dx = 0, 1, ...
     """
-    channels = taps.shape[3]
-    if taps[0].numel() <= _ONE_PRODUCT:
+    taps = taps.contiguous()
+    batch, _, kw, channels, _ = taps.shape
+    if taps[0].numel() <= _ONE_PRODUCT_FORWARD:
         gram = _correlate_in_one_product(taps)
     else:
-        gram = taps.new_zeros(len(taps), channels, _offsets(taps) * channels)
+        gram = taps.new_zeros(batch, channels, _offsets(taps) * channels)
         for kernel, out in zip(taps, gram, strict=True):
-            _correlate(kernel.flatten(0, 1), taps.shape[2], out)
-    gram = gram.view(len(taps), channels, _offsets(taps), channels)
-    signs = torch.empty(gram.shape, dtype=torch.int8, device=gram.device).copy_(gram.sign())
+            _correlate(kernel.flatten(0, 1), kw, out)
+    gram = gram.view(batch, channels, _offsets(taps), channels)
+    signs = gram.sign().to(torch.int8)
     gram.abs_()
-    half = gram.sum(dim=2)
-    sums = half + half.mT - gram[:, :, 0]
     if q is None:
-        return sums.sum(dim=2), signs
+        return gram.sum(dim=(2, 3)) + gram[:, :, 1:].sum(dim=(1, 2)), signs
+    others = gram[:, :, 1:].sum(dim=2)
+    sums = gram[:, :, 0] + others + others.mT
     return (sums @ q[..., None])[..., 0] / q, signs
 
 
-def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor) -> Tensor:
-    """Return the gradient with respect to taps, for a = dL/dr / q; shapes as in the forward."""
-    weights = a[:, :, None] * q[:, None, :]
-    weights += weights.mT.clone()
-    factors = signs * weights[:, :, None]
-    if taps[0].numel() <= _ONE_PRODUCT:
-        return _expand_in_one_product(taps, factors)
-    grad = torch.zeros_like(taps)
+def gram_bound_backward(
+    taps: Tensor, signs: Tensor, a: Tensor, q: Tensor | None, grad: Tensor
+) -> None:
+    """Write dL/dtaps into grad, for a = dL/dr / q; shapes as in the forward."""
+    taps = taps.contiguous()
+    weights = a[:, :, None] if q is None else a[:, :, None] * q[:, None, :]
+    factors = signs * (weights + weights.mT)[:, :, None]
+    if taps[0].numel() <= _ONE_PRODUCT_BACKWARD:
+        grad.copy_(_expand_in_one_product(taps, factors))
+        return
     for kernel, factor, out in zip(taps, factors.flatten(2), grad, strict=True):
-        _expand(kernel.flatten(0, 1), taps.shape[2], factor, out.flatten(0, 1))
-    return grad
+        out.copy_(_expand(kernel.flatten(0, 1), taps.shape[2], factor).view_as(kernel))
 
 
 def _offsets(taps: Tensor) -> int:
@@ -75,8 +78,9 @@ def _correlate(kernel: Tensor, kw: int, gram: Tensor) -> None:
         block.addmm_(kernel[x], rows[first * channels : end * channels].T)
 
 
-def _expand(kernel: Tensor, kw: int, factor: Tensor, grad: Tensor) -> None:
-    """Add factor (c, offsets c) times the kernel (taps, c, n) to its gradient grad."""
+def _expand(kernel: Tensor, kw: int, factor: Tensor) -> Tensor:
+    """The gradient of one kernel (taps, c, n), factor (c, offsets c) at each offset."""
+    grad = torch.zeros_like(kernel)
     channels = kernel.shape[1]
     rows, out = kernel.flatten(0, 1), grad.flatten(0, 1)
     for x, first, end, offset in _runs(len(kernel), kw):
@@ -86,6 +90,7 @@ def _expand(kernel: Tensor, kw: int, factor: Tensor, grad: Tensor) -> None:
             first, block = first + 1, block[:, channels:]
         if first < end:
             out[first * channels : end * channels].addmm_(block.T, kernel[x])
+    return grad
 
 
 def _correlate_in_one_product(taps: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ def compile_kernel(name: str, arch: int, tile: int, precision: str):
     signature = {key: f"*{kind}" for key, kind in POINTERS[name].items()}
     divisible = [*signature, "channels", "depth"]  # what the launcher sees at the paper's widths
     signature |= dict.fromkeys(["channels", "depth", "kh", "kw"], "i32")
+    if "backward" in name:
+        strides = ["batch_stride", "row_stride", "column_stride", "channel_stride", "depth_stride"]
+        signature |= dict.fromkeys(strides, "i32")
     values = {"TILE": tile, "DEPTH": 32, "PRECISION": precision}
     signature |= dict.fromkeys(values, "constexpr")
     names = list(signature)

@@ -54,9 +54,9 @@ def draw(
 
 @pytest.fixture(params=["one product", "a product for each row"])
 def path(request, monkeypatch):
-    monkeypatch.setattr(
-        gram_bound_gemm, "_ONE_PRODUCT", 10**9 if request.param == "one product" else 0
-    )
+    limit = 10**9 if request.param == "one product" else 0
+    monkeypatch.setattr(gram_bound_gemm, "_ONE_PRODUCT_FORWARD", limit)
+    monkeypatch.setattr(gram_bound_gemm, "_ONE_PRODUCT_BACKWARD", limit)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
