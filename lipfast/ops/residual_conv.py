@@ -1,7 +1,6 @@
 """The residual layer of CPL and SLL, which keeps its input and one bit per hidden value."""
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -203,22 +202,14 @@ def _convolve(
     x: Tensor, kernel: Tensor, bias: Tensor | None, padding_mode: str, dtype: torch.dtype
 ) -> Tensor:
     bias = None if bias is None else bias.to(dtype)
-    return _as_in_training(conv2d_same, x.to(dtype), kernel.to(dtype), bias, padding_mode)
+    return conv2d_same(x.to(dtype), kernel.to(dtype), bias, padding_mode)
 
 
 def _adjoint(
     y: Tensor, kernel: Tensor, scale: Tensor, padding_mode: str, dtype: torch.dtype
 ) -> Tensor:
     """W^T diag(scale) y."""
-    return _as_in_training(conv2d_same_adjoint, y, _scaled(kernel, scale).to(dtype), padding_mode)
-
-
-def _as_in_training(convolve: Callable[..., Tensor], x: Tensor, kernel: Tensor, *rest) -> Tensor:  # type: ignore[no-untyped-def]
-    """Convolve without a graph, but not as oneDNN does for inference: up to twice as slowly."""
-    if type(x) is not Tensor or x.device.type != "cpu" or torch.is_grad_enabled():
-        return convolve(x, kernel, *rest)
-    with torch.enable_grad():
-        return convolve(x, kernel.detach().requires_grad_(), *rest).detach()
+    return conv2d_same_adjoint(y, _scaled(kernel, scale).to(dtype), padding_mode)
 
 
 def _scaled(kernel: Tensor, scale: Tensor) -> Tensor:
