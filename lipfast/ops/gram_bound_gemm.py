@@ -21,19 +21,20 @@ def gram_bound_forward(taps: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
         r (batch, c), and int8 signs (batch, c, offsets, c), offsets (dy, dx) in the order of
         dy (2 kw - 1) + dx = 0, 1, ...
     """
-    taps = taps.contiguous()
     batch, _, kw, channels, _ = taps.shape
+    offsets = _offsets(taps)
     if taps[0].numel() <= _ONE_PRODUCT_FORWARD:
         gram = _correlate_in_one_product(taps)
     else:
-        gram = taps.new_zeros(batch, channels, _offsets(taps) * channels)
-        for kernel, out in zip(taps, gram, strict=True):
-            _correlate(kernel.flatten(0, 1), kw, out)
-    gram = gram.view(batch, channels, _offsets(taps), channels)
-    signs = gram.sign().to(torch.int8)
+        gram = taps.new_zeros(batch, channels, offsets * channels)
+        for kernel, out in zip(_rows(taps), gram, strict=True):
+            _correlate(kernel, channels, kw, out)
+    signs = gram.sign().to(torch.int8).view(batch, channels, offsets, channels)
     gram.abs_()
     if q is None:
-        return gram.sum(dim=(2, 3)) + gram[:, :, 1:].sum(dim=(1, 2)), signs
+        down = gram[:, :, channels:].sum(dim=1)
+        return gram.sum(dim=2) + down.view(batch, offsets - 1, channels).sum(dim=1), signs
+    gram = gram.view(signs.shape)
     others = gram[:, :, 1:].sum(dim=2)
     sums = gram[:, :, 0] + others + others.mT
     return (sums @ q[..., None])[..., 0] / q, signs
@@ -43,19 +44,25 @@ def gram_bound_backward(
     taps: Tensor, signs: Tensor, a: Tensor, q: Tensor | None, grad: Tensor
 ) -> None:
     """Write dL/dtaps into grad, for a = dL/dr / q; shapes as in the forward."""
-    taps = taps.contiguous()
     weights = a[:, :, None] if q is None else a[:, :, None] * q[:, None, :]
     factors = signs * (weights + weights.mT)[:, :, None]
     if taps[0].numel() <= _ONE_PRODUCT_BACKWARD:
         grad.copy_(_expand_in_one_product(taps, factors))
         return
-    for kernel, factor, out in zip(taps, factors.flatten(2), grad, strict=True):
-        out.copy_(_expand(kernel.flatten(0, 1), taps.shape[2], factor).view_as(kernel))
+    _, kh, kw, channels, depth = taps.shape
+    for kernel, factor, out in zip(_rows(taps), factors.flatten(2), grad, strict=True):
+        expanded = _expand(kernel, channels, kw, factor)
+        out.copy_(expanded.view(depth, kh, kw, channels).permute(1, 2, 3, 0))
 
 
 def _offsets(taps: Tensor) -> int:
     kh, kw = taps.shape[1:3]
     return ((2 * kh - 1) * (2 * kw - 1) + 1) // 2
+
+
+def _rows(taps: Tensor) -> Tensor:
+    """(batch, n, taps c): from the usual memory of weights, the layout that is fastest to copy."""
+    return taps.permute(0, 4, 1, 2, 3).contiguous().flatten(2)
 
 
 def _runs(taps: int, kw: int) -> list[tuple[int, int, int, int]]:
@@ -69,27 +76,24 @@ def _runs(taps: int, kw: int) -> list[tuple[int, int, int, int]]:
     return runs
 
 
-def _correlate(kernel: Tensor, kw: int, gram: Tensor) -> None:
-    """Add all correlations of one kernel (taps, c, n) to gram (c, offsets c)."""
-    channels = kernel.shape[1]
-    rows = kernel.flatten(0, 1)
-    for x, first, end, offset in _runs(len(kernel), kw):
-        block = gram[:, offset * channels : (offset + end - first) * channels]
-        block.addmm_(kernel[x], rows[first * channels : end * channels].T)
+def _correlate(kernel: Tensor, c: int, kw: int, gram: Tensor) -> None:
+    """Add all correlations of one kernel (n, taps c) to gram (c, offsets c)."""
+    for x, first, end, offset in _runs(kernel.shape[1] // c, kw):
+        block = gram[:, offset * c : (offset + end - first) * c]
+        block.addmm_(kernel[:, x * c : (x + 1) * c].T, kernel[:, first * c : end * c])
 
 
-def _expand(kernel: Tensor, kw: int, factor: Tensor) -> Tensor:
-    """The gradient of one kernel (taps, c, n), factor (c, offsets c) at each offset."""
+def _expand(kernel: Tensor, c: int, kw: int, factor: Tensor) -> Tensor:
+    """The gradient of one kernel (n, taps c), with factor (c, offsets c)."""
     grad = torch.zeros_like(kernel)
-    channels = kernel.shape[1]
-    rows, out = kernel.flatten(0, 1), grad.flatten(0, 1)
-    for x, first, end, offset in _runs(len(kernel), kw):
-        block = factor[:, offset * channels : (offset + end - first) * channels]
-        grad[x].addmm_(block, rows[first * channels : end * channels])
+    for x, first, end, offset in _runs(kernel.shape[1] // c, kw):
+        block = factor[:, offset * c : (offset + end - first) * c]
+        at_x = slice(x * c, (x + 1) * c)
+        grad[:, at_x].addmm_(kernel[:, first * c : end * c], block.T)
         if first == x:  # offset 0 is symmetric and complete
-            first, block = first + 1, block[:, channels:]
+            first, block = first + 1, block[:, c:]
         if first < end:
-            out[first * channels : end * channels].addmm_(block.T, kernel[x])
+            grad[:, first * c : end * c].addmm_(kernel[:, at_x], block)
     return grad
 
 
@@ -97,7 +101,7 @@ def _correlate_in_one_product(taps: Tensor) -> Tensor:
     batch, kh, kw, channels, depth = taps.shape
     # In a row of kw taps and kw - 1 zeros, every offset of the half plane is one distance >= 0.
     row, tap = (2 * kw - 1) * channels * depth, channels * depth
-    padded = F.pad(taps, (0, 0, 0, 0, 0, kw - 1, 0, kh - 1))
+    padded = F.pad(taps, (0, 0, 0, 0, 0, kw - 1, 0, kh - 1)).contiguous()
     shifted = padded.as_strided(
         (batch, _offsets(taps), channels, kh, kw, depth),
         ((2 * kh - 1) * row, tap, depth, row, tap, 1),
