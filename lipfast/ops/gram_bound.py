@@ -189,18 +189,19 @@ def _backward(
     taps, grad_taps = _taps(weight, axis, groups), _taps(grad_weight, axis, groups)
     grad, r = grad.reshape(len(taps), -1), r.reshape(len(taps), -1)
     rows = None if q is None else q.reshape(len(taps), -1).contiguous()
-    scale = torch.ones_like(grad) if rows is None else rows
-    a = grad / scale
+    a = grad if rows is None else grad / rows
     with _without_autocast(weight):
         if backend == "torch":
             gram_bound_gemm.gram_bound_backward(taps, signs, a, rows, grad_taps)
         else:
-            _launcher(backend).gram_bound_backward(taps, signs.contiguous(), a, scale, grad_taps)
-    if q is None:
+            scale = torch.ones_like(a) if rows is None else rows
+            numbers = (signs.contiguous(), a.contiguous(), scale.contiguous())
+            _launcher(backend).gram_bound_backward(taps, *numbers, grad_taps)
+    if q is None or rows is None:
         return grad_weight, grad_q
     # <taps_i, dL/dtaps_i> = a_i q_i r_i + q_i sum_j N_ij a_j, since r is homogeneous in the taps.
     inner = (taps * grad_taps).sum(dim=(1, 2, 4))
-    return grad_weight, ((inner - 2 * grad * r) / scale).view(q.shape)
+    return grad_weight, ((inner - 2 * grad * r) / rows).view(q.shape)
 
 
 def _without_autocast(weight: Tensor) -> AbstractContextManager[object]:
