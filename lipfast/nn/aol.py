@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lipfast import ops, reference
 
 from .base import SoundWeights
-from .kernel import KernelModule
+from .kernel import KernelModule, gram_backend
 from .layers import LipschitzConv2d, LipschitzLinear
 
 _EPSILON = 1e-6
@@ -15,7 +15,7 @@ _EPSILON = 1e-6
 class _AOL(KernelModule):
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
         weight, scale = reference.unit_scale(self._kernel_parameter(), minimum=1.0)
-        rows = ops.gram_bound(weight, groups=self.groups)
+        rows = ops.gram_bound(weight, groups=self.groups, backend=gram_backend())
         return (self._scale_inputs(weight, _rescale(rows, scale)),)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:

@@ -42,6 +42,12 @@ def as_kernel(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 
+def gram_backend() -> str | None:
+    """The backend of `gram_bound` in training: inside torch.func transforms the published form."""
+    inside = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return "reference" if inside else None
+
+
 def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -> nn.Module:
     """Return `nn.Linear` or `nn.Conv2d`, as `module` is, with this kernel and bias."""
     out_channels, in_channels, kh, kw = kernel.shape

@@ -10,7 +10,7 @@ from lipfast import ops, reference
 
 from .base import LipschitzModule, SoundWeights
 from .cayley import initialise_uniform_bias
-from .kernel import as_kernel, plain_kernel
+from .kernel import as_kernel, gram_backend, plain_kernel
 from .layers import LipschitzConv2d, LipschitzLinear
 
 _MAP_LIMIT = 32  # side of the largest patch on which CPL estimates the norm in training
@@ -107,7 +107,7 @@ class _SLL(ResidualModule):
         super().reset_parameters()
         nn.init.normal_(self.q)
 
-    def _row_sums(self, kernel: Tensor, scale: Tensor, backend: str | None = None) -> Tensor:
+    def _row_sums(self, kernel: Tensor, scale: Tensor, backend: str | None) -> Tensor:
         scale = scale * kernel.detach().abs().amax(dim=(1, 2, 3))  # the largest tap: 1, or 0
         q = (self.q.to(kernel.dtype).abs() + _Q_EPSILON) * reference.unit_scale(scale)[0]
         q = reference.unit_scale(q)[0].clamp_min(_Q_MINIMUM)
@@ -115,7 +115,8 @@ class _SLL(ResidualModule):
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
         kernel, scale = reference.unit_scale(as_kernel(self.weight), dim=(1, 2, 3))
-        t = 2 * reference.inverse_or_zero(self._row_sums(kernel, scale.flatten()))
+        rows = self._row_sums(kernel, scale.flatten(), gram_backend())
+        t = 2 * reference.inverse_or_zero(rows)
         return kernel, self._scaled_bias(scale.flatten()), t
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:

@@ -225,6 +225,21 @@ def test_compiles_without_a_graph_break(method, training):
     torch.testing.assert_close(gradient, x.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "cpl"])  # whose buffer is written
+def test_gradients_by_torch_func(method):
+    layer = make_conv(method, 4, 4, 3)
+    x = torch.randn(2, 4, 5, 4, dtype=F64)
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+
+    def loss(parameters):
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    gradients = torch.func.grad(loss)(parameters)
+    layer(x).square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
 def test_first_channels_and_zero_channel_pad():
     x = torch.randn(2, 3, 4, 4)
     padded = lnn.ZeroChannelPad(5)(x)
