@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import lipfast.ops  # noqa: F401 (registers the ops)
 from lipfast import backends
 
 ROOT = Path(__file__).resolve().parents[1]
