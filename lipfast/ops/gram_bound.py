@@ -132,9 +132,8 @@ def _grouped(weight: Tensor, groups: int) -> Tensor:
     """View of (batch groups, out / groups, in / groups, kh, kw)."""
     first = weight.dim() % 2
     batch = math.prod(weight.shape[:first])
-    out_channels, in_channels, *taps = weight.shape[first:]
-    kh, kw = taps or (1, 1)
-    return weight.reshape(batch * groups, out_channels // groups, in_channels, kh, kw)
+    rows, columns, *taps = weight.shape[first:]
+    return weight.reshape(batch * groups, rows // groups, columns, *(taps or (1, 1)))
 
 
 def _taps(weight: Tensor, axis: str, groups: int) -> Tensor:
