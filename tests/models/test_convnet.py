@@ -67,5 +67,5 @@ def test_bad_arguments_are_named(arguments, message):
 def test_an_input_of_another_shape_is_refused():
     net = ConvNet("aol", input_size=(1, 8, 8), width=4, layers_per_block=1)
     for shape in [(2, 1, 16, 16), (1, 8, 8), (2, 3, 8, 8)]:
-        with pytest.raises(ValueError, match=r"input: expected \(n, \*\(1, 8, 8\)\)"):
+        with pytest.raises(ValueError, match=r"input: ConvNet expected \(n, 1, 8, 8\), got"):
             net(torch.randn(shape))
