@@ -77,7 +77,7 @@ def certified_robust_accuracy(radius: Tensor, eps: float) -> float:
 
 
 def _score_differences(scores: Tensor, labels: Tensor) -> Tensor:
-    """s_y - s_j (n, k), infinite at j = y; NaN scores count as ties."""
+    """s_y - s_j (n, k), infinite at j = y; rows with NaN or Inf scores count as ties."""
     if scores.dim() != 2 or scores.shape[1] < 2:
         raise ValueError(f"scores: expected (n, k >= 2), got shape {tuple(scores.shape)}")
     if not scores.is_floating_point():
@@ -93,7 +93,8 @@ def _score_differences(scores: Tensor, labels: Tensor) -> Tensor:
         )
     wide = scores.double()
     index = labels.long()[:, None]
-    differences = (wide.gather(1, index) - wide).nan_to_num(nan=0.0)
+    finite = wide.isfinite().all(dim=1, keepdim=True)
+    differences = torch.where(finite, wide.gather(1, index) - wide, 0.0)
     return differences.scatter(1, index, math.inf)
 
 

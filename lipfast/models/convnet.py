@@ -66,6 +66,7 @@ class ConvNet(nn.Sequential):
         conv, linear = METHODS[method].conv, METHODS[method].linear
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers["image"] = _Image((channels, input_size[1], input_size[2]))
         layers["pad"] = ZeroChannelPad(w)
         layers["first_conv"] = conv(w, w, 1, **factory)
         layers["first_activation"] = MaxMin()
@@ -91,11 +92,25 @@ class ConvNet(nn.Sequential):
             "layers_per_block": layers_per_block,
         }
 
-    def forward(self, input: Tensor) -> Tensor:
-        expected = tuple(self.config["input_size"])
-        if input.dim() != 4 or tuple(input.shape[1:]) != expected:
-            raise ValueError(f"input: expected (n, *{expected}), got shape {tuple(input.shape)}")
-        return super().forward(input)
+
+class _Image(nn.Module):
+    """Refuses inputs of another shape than (n, *size)."""
+
+    def __init__(self, size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.size:
+            raise ValueError(
+                f"input: ConvNet expected (n, {', '.join(map(str, self.size))}), "
+                f"got shape {tuple(x.shape)}"
+            )
+        return x
+
+    def lipschitz_bound(self) -> float:
+        """Return 1: the identity."""
+        return 1.0
 
 
 def _n_blocks(input_size: tuple[int, int, int]) -> int:

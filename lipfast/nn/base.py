@@ -56,9 +56,10 @@ class LipschitzModule(nn.Module):
 
     In training mode the weights are rebuilt, with their graph, in every forward pass, in the
     parameters' dtype but never below float32. In evaluation mode they are built once, without a
-    graph (parameters get no gradient there, inputs do), in float64, and kept until a parameter
-    changes, moves or is replaced, the map size changes, or `train()` or `eval()` is called. A write
-    that PyTorch itself does not count (`parameter.data.copy_(...)`) needs such a call.
+    graph (their parameters get no gradient there; inputs do, and so does a bias that is added at
+    the end), in float64, and kept until a parameter changes, moves or is replaced, the map size
+    changes, or `train()` or `eval()` is called. A write that PyTorch itself does not count
+    (`parameter.data.copy_(...)`) needs such a call.
     """
 
     in_channels: int
@@ -188,7 +189,7 @@ class LipschitzModule(nn.Module):
     def _sound(self, map_size: tuple[int, int]) -> SoundWeights:
         if _is_traced(self.weight):
             return self._build_sound(map_size)
-        parameters = list(self.parameters(recurse=False))
+        parameters = [*self.parameters(), *self.buffers()]  # of parametrisations too
         entry = self._cache
         if (
             entry is None

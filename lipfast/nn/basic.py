@@ -6,7 +6,13 @@ from torch import Tensor, nn
 from .layers import positive_int
 
 
-class FirstChannels(nn.Module):
+class _NonExpansive(nn.Module):
+    def lipschitz_bound(self) -> float:
+        """Return 1: outputs are entries of the input, each at most once, and zeros."""
+        return 1.0
+
+
+class FirstChannels(_NonExpansive):
     """Keep the first `channels` entries of dimension 1 (n, c, ...), c >= channels.
 
     Raises:
@@ -29,7 +35,7 @@ class FirstChannels(nn.Module):
         return f"{self.channels}"
 
 
-class ZeroChannelPad(nn.Module):
+class ZeroChannelPad(_NonExpansive):
     """Append zero channels to (n, c, h, w) up to `channels` >= c.
 
     Raises:
@@ -52,7 +58,7 @@ class ZeroChannelPad(nn.Module):
         return f"{self.channels}"
 
 
-class PixelUnshuffle(nn.PixelUnshuffle):
+class PixelUnshuffle(_NonExpansive, nn.PixelUnshuffle):
     """`torch.nn.PixelUnshuffle`, a permutation, with the right shape for an empty batch too."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .base import LipschitzModule
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 class LipschitzConv2d(LipschitzModule):
     """A 1-Lipschitz layer with the signature of `torch.nn.Conv2d`.
@@ -233,8 +235,11 @@ def positive_int(argument: str, value: int, name: str) -> int:
 
 def check_floating(dtype: torch.dtype | None, name: str) -> None:
     """Raise a ValueError where `dtype` is not a real floating-point type."""
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype: {name} expected a real floating-point type, got {dtype}")
+    if dtype is not None and dtype not in _DTYPES:
+        expected = ", ".join(str(known) for known in _DTYPES)
+        raise ValueError(
+            f"dtype: {name} expected a floating-point type, one of {expected}, got {dtype!r}"
+        )
 
 
 def _pair(argument: str, value: int | str | Sequence[int], name: str) -> tuple[int, int]:

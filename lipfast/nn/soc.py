@@ -108,7 +108,8 @@ class SOCConv2d(_SOC, LipschitzConv2d):
     is divided by its largest absolute value on that interval of the imaginary axis, so that the
     layer is 1-Lipschitz in training and evaluation. c = max(in_channels, out_channels): missing
     input channels are zero, and the first out_channels of the result are kept. Zero and circular
-    padding, every map size.
+    padding, every map size. The interval of 5x5 kernels, [0, 3.5], is wide for 5 terms, whose
+    supremum there is 1.34; 8 terms reach 1.02.
 
     Args:
         terms: degree of the Taylor polynomial in training mode.

@@ -95,21 +95,22 @@ class _PlainFourier(nn.Module):
 
     def __init__(self, module: SpectralModule, spectrum: Tensor, map_size: tuple[int, int]) -> None:
         super().__init__()
-        self.padding = module._padding()
+        self.padding, self.dtype = module._padding(), spectrum.real.dtype
         h, w = module._grid(map_size)
         shape = (h, w // 2 + 1, module.out_channels, module.in_channels)
         self.register_buffer("spectrum", spectrum.reshape(shape).clone())
         self.size = (h, w)
-        bias = spectrum.real.new_zeros(1) if module.bias is None else module.bias.detach()
+        bias = module.weight.new_zeros(1) if module.bias is None else module.bias
+        bias = bias.detach()
         self.register_buffer("bias", bias[:, None, None].clone())
 
     def forward(self, x: Tensor) -> Tensor:
         ph, pw = self.padding
         h, w = self.size
-        x_hat = torch.fft.rfft2(F.pad(x, (pw, pw, ph, ph)))
+        x_hat = torch.fft.rfft2(F.pad(x, (pw, pw, ph, ph)).to(self.dtype))
         y_hat = torch.einsum("hwoi,...ihw->...ohw", self.spectrum, x_hat)
         y = torch.fft.irfft2(y_hat, s=(h, w))
-        return y[..., ph : h - ph, pw : w - pw] + self.bias
+        return y[..., ph : h - ph, pw : w - pw].to(x.dtype) + self.bias
 
 
 def _padded_fourier_conv(x: Tensor, spectrum: Tensor, padding: tuple[int, int]) -> Tensor:

@@ -17,8 +17,13 @@ def cayley(matrix: Tensor) -> Tensor:
     m, n = matrix.shape[-2:]
     if n > m:
         return cayley(matrix.mH).mH
-    u, v = matrix[..., :n, :], matrix[..., n:, :]
     identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
-    skew = u - u.mH + v.mH @ v
+    u = matrix[..., :n, :]
+    skew = u - u.mH
+    if m == n:
+        inverse, _ = torch.linalg.inv_ex(identity + skew)
+        return inverse @ (identity - skew)
+    v = matrix[..., n:, :]
+    skew = skew + v.mH @ v
     inverse, _ = torch.linalg.inv_ex(identity + skew)
     return torch.cat([inverse @ (identity - skew), -2 * (v @ inverse)], dim=-2)

@@ -103,9 +103,9 @@ def conv_norm_bound(kernel: Tensor, map_size: tuple[int, int], padding_mode: str
     """Return an upper bound of the norm of a same-size convolution on maps of `map_size`.
 
     Circular padding: the largest Schatten bound over the map's own frequencies. Zero padding: the
-    Schatten bound of the dense operator where it is small enough, else the torus bound. Within
-    0.2 % of the norm but for the torus bound, whose gap is that of the zero-padded map to the
-    infinite one plus 0.25 % for 3x3 kernels.
+    Schatten bound of the dense operator where it is small enough, else that of the torus of
+    (h + kh - 1, w + kw - 1), which the zero-padded map is a part of, or, for still larger maps, the
+    torus bound. Within 0.3 % of the norm of the operator or the torus that is named.
 
     Args:
         kernel: (out, in, kh, kw), odd kh and kw; float64 for a proof.
@@ -122,7 +122,10 @@ def conv_norm_bound(kernel: Tensor, map_size: tuple[int, int], padding_mode: str
     if padding_mode == "circular":
         return schatten_bound(kernel_spectrum(kernel, map_size), squarings=11).amax()
     if max(in_channels, out_channels) * h * w > DENSE_LIMIT:
-        return torus_bound(kernel)
+        torus = (h + kh - 1, w + kw - 1)  # too large to wrap around within the map
+        if torus[0] * torus[1] > TORUS_GRID**2:
+            return torus_bound(kernel)
+        return schatten_bound(kernel_spectrum(kernel, torus), squarings=11).amax()
     n = in_channels * h * w
     basis = torch.eye(n, dtype=kernel.dtype, device=kernel.device).reshape(n, in_channels, h, w)
     operator = conv2d_same(basis, kernel, None, "zeros").flatten(1)

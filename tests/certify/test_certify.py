@@ -29,8 +29,8 @@ def test_ties_and_the_exact_radius_are_never_certified():
     radius = certify.certified_radius(scores, labels)
     assert certify.certified_robust_accuracy(radius, 0.0) == 0.5
     assert certify.certified_robust_accuracy(radius, float(radius[1])) == 0.0
-    nan = certify.certified_radius(torch.tensor([[float("nan"), 0.0]]), torch.tensor([0]))
-    assert float(nan) == 0
+    broken = torch.tensor([[math.nan, 0.0], [math.inf, 0.0], [0.0, -math.inf]])
+    assert certify.certified_radius(broken, torch.zeros(3).long()).tolist() == [0, 0, 0]
 
 
 def test_pairwise_head_is_exact_and_never_below_the_norm_bound():
@@ -116,6 +116,42 @@ def test_layers_without_a_known_bound_are_refused_by_name(module):
     model = nn.Sequential(nn.Flatten(), module)
     with pytest.raises(TypeError, match=f"{type(module).__name__} at '1'"):
         certify.lipschitz_bound(model)
+
+
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("module", [Residual(nn.Identity()), Doubled(2, 2)])
+def test_a_subclass_with_another_forward_pass_is_refused(module):
+    with pytest.raises(TypeError, match=f"{type(module).__name__} at '0'"):
+        certify.lipschitz_bound(nn.Sequential(module))
+
+
+def test_a_layer_with_hooks_is_refused():
+    model = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    handle = model[1].register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(TypeError, match=r"without forward hooks.*Linear at '1'"):
+        certify.lipschitz_bound(model)
+    handle.remove()
+    assert certify.lipschitz_bound(model) > 0
+
+
+def test_a_module_with_its_own_bound_is_taken_at_its_word():
+    class Halved(nn.Module):
+        def forward(self, x):
+            return x / 2
+
+        def lipschitz_bound(self):
+            return 0.5
+
+    assert certify.lipschitz_bound(nn.Sequential(Halved(), lnn.MaxMin(), Halved())) == 0.25
 
 
 def test_reflect_padding_is_refused():

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lipfast import nn as lnn
 from lipfast.models import SIZES, ConvNet
+from lipfast.training import margin_cross_entropy
 
 
 @pytest.mark.parametrize(("size", "millions"), [("XS", 1.57), ("S", 6.28), ("M", 25.12)])
@@ -67,5 +69,42 @@ def test_bad_arguments_are_named(arguments, message):
 def test_an_input_of_another_shape_is_refused():
     net = ConvNet("aol", input_size=(1, 8, 8), width=4, layers_per_block=1)
     for shape in [(2, 1, 16, 16), (1, 8, 8), (2, 3, 8, 8)]:
-        with pytest.raises(ValueError, match=r"input: expected \(n, \*\(1, 8, 8\)\)"):
+        with pytest.raises(ValueError, match=r"input: ConvNet expected \(n, 1, 8, 8\), got"):
             net(torch.randn(shape))
+
+
+@pytest.mark.parametrize("method", list(lnn.METHODS))
+@pytest.mark.slow
+def test_a_training_step_compiles_as_one_graph(method):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = ConvNet(method, input_size=(1, 4, 4), width=4, layers_per_block=1)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = torch.randn(6, 1, 4, 4), torch.randint(10, (6,))
+
+    def loss(x, y):
+        return margin_cross_entropy(net(x), y)
+
+    def gradients(function):
+        net.load_state_dict(state)
+        net.zero_grad()
+        function(x, y).backward()
+        return {name: p.grad for name, p in net.named_parameters()}
+
+    compiled = gradients(torch.compile(loss, fullgraph=True))
+    eager = gradients(loss)
+    for name, gradient in eager.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("method", list(lnn.METHODS))
+def test_a_training_step_reads_no_value_back(method):
+    with FakeTensorMode():
+        net = ConvNet(method, input_size=(1, 4, 4), width=4, layers_per_block=1)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(2):
+            optimizer.zero_grad()
+            scores = net(torch.randn(6, 1, 4, 4))
+            margin_cross_entropy(scores, torch.zeros(6, dtype=torch.long)).backward()
+            optimizer.step()
+        assert all(p.grad is not None for p in net.parameters())

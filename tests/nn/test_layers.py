@@ -50,6 +50,35 @@ def test_to_plain_is_the_same_function_without_lipfast(method, padding_mode, cha
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_to_plain_keeps_half_precision(method, bias):
+    layer = make_conv(method, 4, 4, 3, dtype=torch.float32, bias=bias).bfloat16().eval()
+    x = torch.randn(2, 4, 4, 4).bfloat16()
+    y = layer(x)
+    plain = layer.to_plain()(x)
+    assert plain.dtype == y.dtype == torch.bfloat16
+    assert (plain.float() - y.float()).norm() <= 0.03 * y.float().norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parametrised_or_pruned_weight_is_seen_in_evaluation(method):
+    class Doubled(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight + 0.1
+
+    layer = make_conv(method, 4, 4, 3, dtype=torch.float32)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    x = torch.randn(2, 4, 4, 4)
+    before = layer.eval()(x)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.copy_(
+            torch.randn_like(layer.parametrizations.weight.original)
+        )
+    assert not torch.allclose(layer(x), before)
+    torch.testing.assert_close(layer(x), layer.train().eval()(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("features", [(6, 6), (5, 3), (3, 5)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_forms(method, features, bias):

@@ -111,8 +111,10 @@ def test_training_layer_is_sound_too_where_the_method_promises_it(method):
                 assert norm_of(conv, channels[0], size, at=point) <= 1 + 1e-9
 
 
-def test_torus_bound_replaces_a_dense_operator_that_is_too_large(monkeypatch):
+@pytest.mark.parametrize("grid", [64, 7])
+def test_torus_replaces_a_dense_operator_that_is_too_large(monkeypatch, grid):
     monkeypatch.setattr("lipfast.reference.conv_norm.DENSE_LIMIT", 1)
+    monkeypatch.setattr("lipfast.reference.conv_norm.TORUS_GRID", grid)
     for family, size in itertools.product(("random", "checkerboard", "constant"), SIZES):
         conv = lnn.CPLConv2d(3, 3, 3).eval()
         fill(conv, family, 0)
