@@ -42,8 +42,8 @@ def residual_conv(
         scale: (hidden,) or a tensor without axes, non-negative.
         padding_mode: "zeros" or "circular".
         backend: "torch" is torch's convolutions with this derivative, "reference" the published
-            form with torch's derivative; None takes the forced backend (`lipfast.set_backend`), or
-            else "torch" where it can run.
+            form with torch's derivative, which keeps three inputs; None takes the forced backend
+            (`lipfast.set_backend`), or else "torch" on a GPU and the faster "reference" on a CPU.
 
     Returns:
         y: (n, c, h, w), dtype, device and memory format of x.

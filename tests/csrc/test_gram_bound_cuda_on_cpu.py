@@ -16,20 +16,12 @@ from lipfast.reference.gram_bound import gram_bound as published
 
 ROOT = Path(__file__).resolve().parents[2]
 TILE = 64  # csrc/gram_bound.h: kGramBoundTile
-CXX = os.environ.get("CXX") or next(filter(shutil.which, ["c++", "g++", "clang++"]), None)
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    if CXX is None:
-        pytest.skip("no C++ compiler was found")
-    target = tmp_path_factory.mktemp("cuda_on_cpu") / "gram_bound.so"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
-    flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", f"-I{ROOT}/csrc"]
-    source = Path(__file__).parent / "gram_bound_on_cpu.cpp"
-    subprocess.run([CXX, *flags, str(source), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+def library(build_on_cpu) -> ctypes.CDLL:
+    return build_on_cpu("gram_bound")
 
 
 def run(library, taps: Tensor, a: Tensor | None, q: Tensor, signs: Tensor, out: Tensor) -> None:

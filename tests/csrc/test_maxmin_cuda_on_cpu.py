@@ -16,20 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # csrc/maxmin.h: DType
 SHAPES = [(2, 4), (3, 7), (5, 1), (1, 2, 1), (2, 3, 5), (3, 6, 3, 5), (2, 5, 4, 4), (2, 4, 33, 31)]
 SHAPES += [(2, 64, 16, 16), (2, 9, 8, 8), (3, 6, 7, 1)]
-CXX = os.environ.get("CXX") or next(filter(shutil.which, ["c++", "g++", "clang++"]), None)
 NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    if CXX is None:
-        pytest.skip("no C++ compiler was found")
-    target = tmp_path_factory.mktemp("cuda_on_cpu") / "maxmin.so"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
-    flags += ["-fsanitize=undefined", "-fno-sanitize-recover=undefined", f"-I{ROOT}/csrc"]
-    source = Path(__file__).parent / "maxmin_on_cpu.cpp"
-    subprocess.run([CXX, *flags, str(source), "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+def library(build_on_cpu) -> ctypes.CDLL:
+    return build_on_cpu("maxmin")
 
 
 def run(library, forward: bool, x: Tensor, mask: Tensor, channels_last: bool) -> Tensor:

@@ -5,22 +5,13 @@ import math
 
 import pytest
 import torch
+from moved_layers import METHODS, SIZES, make_conv
 from torch import Tensor, nn
 
 from lipfast import certify, reference
 from lipfast import nn as lnn
 
 F64 = torch.float64
-METHODS = list(lnn.METHODS)
-SIZES = [(1, 1), (1, 4), (5, 3), (4, 7), (6, 6)]
-
-
-def make_conv(method: str, *args, seed: int = 0, **kwargs) -> lnn.LipschitzConv2d:
-    torch.manual_seed(seed)
-    layer = lnn.METHODS[method].conv(*args, **kwargs)
-    with torch.no_grad():
-        layer.weight.add_(0.3 * torch.randn(layer.weight.shape))
-    return layer
 
 
 def dense_norm(function, channels: int, size: tuple[int, int], dtype=torch.float32) -> float:

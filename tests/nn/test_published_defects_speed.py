@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from moved_layers import METHODS, make_conv
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,16 +12,6 @@ import lipfast
 from lipfast import backends, reference
 from lipfast import nn as lnn
 from lipfast.nn import bcop
-
-METHODS = list(lnn.METHODS)
-
-
-def make_conv(method: str, *args, seed: int = 0, **kwargs) -> lnn.LipschitzConv2d:
-    torch.manual_seed(seed)
-    layer = lnn.METHODS[method].conv(*args, **kwargs)
-    with torch.no_grad():
-        layer.weight.add_(0.3 * torch.randn(layer.weight.shape))
-    return layer
 
 
 class OpCounter(TorchDispatchMode):
