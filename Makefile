@@ -15,7 +15,7 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PYTEST) -n 2 -m interpreter tests/kernels
 
 bench: $(STAMP)
-	$(PYTEST) bench --benchmark-only
+	$(PYTEST) bench --benchmark-only -s
 
 # Offline, on a CUDA machine; with the .venv if there is one, else with the machine's own python3.
 gpu:

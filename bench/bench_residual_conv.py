@@ -51,7 +51,7 @@ def published(x: Tensor, kernel: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
 
 
 def ours(x: Tensor, kernel: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-    return residual_conv(x, kernel, bias, scale, "zeros")
+    return residual_conv(x, kernel, bias, scale, "zeros", backend="torch")
 
 
 def saved_inputs(function: Callable[[], Tensor], x: Tensor, *known: Tensor) -> float:
@@ -79,7 +79,7 @@ def bench_residual_conv(compare, benchmark, channels, side, memory_format, dtype
     grad = torch.randn(inputs[0].shape, device=DEVICE).contiguous(
         memory_format=FORMATS[memory_format]
     )
-    functions = {"ours": ours, "published": published, "plain pair": plain_pair}
+    functions = {"torch": ours, "published": published, "plain pair": plain_pair}
     wide = [t.detach().double().requires_grad_() for t in inputs]
     exact = step(published, wide, grad.double())
 
@@ -129,7 +129,8 @@ def bench_sll_layer(compare, benchmark, channels, side, memory_format):
         name: round(saved_inputs(lambda: forward(backend), x, *layer.parameters()), 3)  # noqa: B023
         for name, backend in [("ours", None), ("published", "reference")]
     }
-    assert saved["ours"] <= 1.1 or x.nbytes < 16 * layer.weight.nbytes
+    # on a CPU the published form is chosen, for its speed
+    assert DEVICE == "cpu" or saved["ours"] <= 1.1 or x.nbytes < 16 * layer.weight.nbytes
     benchmark.extra_info["saved_inputs"] = saved
     compare(
         {
