@@ -21,7 +21,8 @@ class _SOC(LipschitzModule):
     terms: int
     eval_terms: int
 
-    def _set_terms(self, terms: int, eval_terms: int) -> None:
+    def __init__(self, *args, terms: int = 5, eval_terms: int = 12, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(*args, **kwargs)
         self.terms = positive_int("terms", terms, type(self).__name__)
         self.eval_terms = positive_int("eval_terms", eval_terms, type(self).__name__)
         limit = self._norm_limit
@@ -118,10 +119,6 @@ class SOCConv2d(_SOC, LipschitzConv2d):
     See `LipschitzConv2d` for the other arguments.
     """
 
-    def __init__(self, *args, terms: int = 5, eval_terms: int = 12, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(*args, **kwargs)
-        self._set_terms(terms, eval_terms)
-
 
 class SOCLinear(_SOC, LipschitzLinear):
     """Linear layer with the orthogonal matrix exp(L), L skew-symmetric of norm at most 1.
@@ -134,10 +131,6 @@ class SOCLinear(_SOC, LipschitzLinear):
 
     See `LipschitzLinear` for the other arguments.
     """
-
-    def __init__(self, *args, terms: int = 5, eval_terms: int = 12, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(*args, **kwargs)
-        self._set_terms(terms, eval_terms)
 
 
 class _PlainSkewExp(nn.Module):

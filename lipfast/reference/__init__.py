@@ -15,12 +15,11 @@ from .gram_bound import aol_rescale, gram_bound, inverse_or_zero
 from .polar import bjorck, polar
 from .residual_conv import residual_conv
 from .skew_exp import skew_exp, skew_kernel, taylor_supremum
-from .sound import contract, gram_norm_bound, round_contraction, unit_scale
+from .sound import contract, round_contraction, unit_scale
 
 __all__ = [
     "unit_scale",
     "round_contraction",
-    "gram_norm_bound",
     "contract",
     "inverse_or_zero",
     "aol_rescale",

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from .conv_norm import schatten_bound
-from .gram_bound import gram_bound
 
 
 def unit_scale(
@@ -75,8 +74,3 @@ def round_contraction(weight: Tensor, bound: Tensor, dtype: torch.dtype) -> tupl
     else:
         movement = (weight.norm(dim=(1, 2)) * (finfo.eps / 2) + absolute).amax()
     return (weight / (1 + movement)).to(target), (bound + movement) / (1 + movement)
-
-
-def gram_norm_bound(kernel: Tensor, q: Tensor | None = None, *, axis: str = "in") -> Tensor:
-    """Return sqrt(max_i r_i) >= norm of the convolution, r the Gram row sums of `kernel`."""
-    return gram_bound(kernel, q, axis=axis).amax().sqrt()
