@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from maxmin_definition import definition
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,16 +36,6 @@ def run(library, forward: bool, x: Tensor, mask: Tensor, channels_last: bool) ->
         ctypes.c_int(DTYPES.index(x.dtype)),
     )
     return y
-
-
-def definition(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    y, out = x.double().clone(), grad.clone()
-    for i in range(0, x.shape[1] - 1, 2):
-        a, b = x[:, i].double(), x[:, i + 1].double()
-        y[:, i], y[:, i + 1] = torch.maximum(a, b), torch.minimum(a, b)
-        out[:, i] = torch.where(b > a, grad[:, i + 1], grad[:, i])
-        out[:, i + 1] = torch.where(b > a, grad[:, i], grad[:, i + 1])
-    return y, out
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
