@@ -39,6 +39,7 @@ class _Rule(NamedTuple):
 # "reference" ends every order. The crossovers are measured by bench/bench_<op>.py. maxmin has none:
 # below about 1000 elements the published form is 20 us faster, but derives otherwise at ties.
 _FASTEST: dict[str, tuple[_Rule, ...]] = {
+    "block_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     # the Triton and CUDA kernels have not been timed on a GPU yet
     "gram_bound": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     "maxmin": (_Rule("cpu", 0, ("cpp",)), _Rule("cuda", 0, ("triton", "cuda"))),
