@@ -39,10 +39,12 @@ class _Rule(NamedTuple):
 # "reference" ends every order. The crossovers are measured by bench/bench_<op>.py. maxmin has none:
 # below about 1000 elements the published form is 20 us faster, but derives otherwise at ties.
 _FASTEST: dict[str, tuple[_Rule, ...]] = {
+    "conv_norm": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     "block_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     # the Triton and CUDA kernels have not been timed on a GPU yet
     "gram_bound": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     "maxmin": (_Rule("cpu", 0, ("cpp",)), _Rule("cuda", 0, ("triton", "cuda"))),
+    "polar": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     # recomputing pays in memory, not in time: 0.66 to 0.85 of the published speed on a CPU
     "residual_conv": (_Rule("cuda", 0, ("torch",)),),
 }
