@@ -1,0 +1,290 @@
+"""Polar factors and their derivatives as real matrix products, planar complex or real.
+
+A matrix (B, P, m, n) with P = 1 plane (real) or P = 2 (real and imaginary part) is worked on as the
+stack of its planes, (B, P m, n). A square factor on the left stands as its real form, for P = 2
+the (2m, 2m) matrix [[Re, -Im], [Im, Re]], whose first m columns are its stack.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipfast.ops.polar_schedules import Step
+
+# On a CPU a block of matrices goes through all steps while it stays in the cache.
+_BLOCK_BYTES = 1 << 18
+# Conjugate gradients take curvatures below this share of the spectrum's root mean square as this
+# share, so that gradients stay bounded where singular values vanish.
+_CURVATURE = 1e-2
+
+
+def polar_forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
+    """Return the polar factor of x (B, P, m, n), m <= n, and ||I - X X^H||_F of the last step.
+
+    Args:
+        x: contiguous, float64 or float32.
+        schedule: (a, b, c) of each step X <- a X + (b S + c S^2) X, S = X X^H; c = 0 in the last.
+    """
+    w, residual = _in_blocks(lambda x: _forward(x, schedule), x)
+    return w, residual
+
+
+def polar_backward(grad: Tensor, x: Tensor, w: Tensor, steps: int) -> Tensor:
+    """Return dL/dx for grad = dL/dw and w the polar factor of x, by conjugate gradients."""
+    return _in_blocks(lambda g, x, w: (_implicit(g, x, w, steps),), grad, x, w)[0]
+
+
+def polar_jvp(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
+    """Return the derivative of the schedule's own map at x applied to grad = dL/dw.
+
+    The Jacobian of an odd polynomial of a matrix is self-adjoint: this is dL/dx.
+    """
+    return _in_blocks(lambda g, x: (_tangent(g, x, schedule),), grad, x)[0]
+
+
+def _in_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    first = tensors[0]
+    count = max(1, _BLOCK_BYTES // (first[0].numel() * first.element_size()))
+    if first.device.type != "cpu" or len(first) <= count:
+        return function(*tensors)
+    blocks = [function(*block) for block in zip(*(t.split(count) for t in tensors), strict=True)]
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+
+
+def _forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
+    planes = x.shape[1]
+    stack, left, square, _ = _normalised(x)
+    (a, b, c), *steps = schedule
+    left[:, :, : x.shape[2]].mul_(b).add_(square, alpha=c)
+    stack = torch.baddbmm(stack, _complete(left, planes), stack, beta=a)
+    for a, b, c in steps[:-1]:
+        left = _gram(stack, planes)
+        if c:
+            left = _quadratic(left, b, c, planes)
+            b = 1.0
+        stack = torch.baddbmm(stack, left, stack, beta=a, alpha=b)
+    return _last_step(stack, planes, steps[-1])
+
+
+def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """X = x / sqrt(nu) as a stack, S = X X^H on the left, S^2 as a stack, and sqrt(nu) (B, 1, 1).
+
+    nu = min(||(x x^H)^2||_F, ||(x x^H)^2||_inf)^(1/2) (1 + 1e-5) >= sigma_max(x)^2.
+    """
+    batch, planes, m, n = x.shape
+    scale = x.abs().amax((1, 2, 3))[:, None, None]
+    scale += scale == 0
+    stack = x.view(batch, planes * m, n) / scale
+    left = _gram(stack, planes)
+    square = torch.bmm(left, left[:, :, :m])
+    moduli = square.view(batch, planes, m, m).square().sum(1)
+    frobenius = moduli.sum((1, 2)).sqrt()
+    rows = moduli.sqrt_().sum(2).amax(1)
+    nu = torch.minimum(frobenius, rows).sqrt() * (1 + 1e-5)
+    # at least 1 by the division by the largest entry, unless x is 0
+    nu = nu.clamp_min(0.5)[:, None, None]
+    stack *= nu.rsqrt()
+    left /= nu
+    square /= nu * nu
+    return stack, left, square, scale * nu.sqrt()
+
+
+def _last_step(stack: Tensor, planes: int, step: Step) -> tuple[Tensor, Tensor]:
+    # The norm of the result rests on this step: its products never run in TF32 or bfloat16.
+    a, b, _ = step
+    batch, m, n = stack.shape[0], stack.shape[1] // planes, stack.shape[2]
+    product = _exact_bmm if _rounds_products(stack) else torch.bmm
+    left = _gram(stack, planes, product)
+    left.diagonal(dim1=1, dim2=2).sub_(1)
+    residual = torch.linalg.vector_norm(left[:, :, :m], dim=(1, 2))
+    # a X + b S X = (a + b) X + b (S - I) X, whose second term is small after convergence
+    w = torch.add((a + b) * stack, product(left, stack), alpha=b)
+    return w.view(batch, planes, m, n), residual
+
+
+def _implicit(grad: Tensor, x: Tensor, w: Tensor, steps: int) -> Tensor:
+    batch, planes, m, n = x.shape
+    scale = x.abs().amax((1, 2, 3))[:, None, None]
+    scale += scale == 0
+    shape = (batch, planes * m, n)
+    x, w, grad = x.view(shape) / scale, w.view(shape), grad.view(shape)
+    left = _hermitian_part(_product_with_adjoint(x, w, planes), planes)
+    inner = _product_with_adjoint(grad, w, planes)
+    floor = left.square().sum((1, 2)) * (_CURVATURE**2 / (planes * m))
+    floor = floor.sqrt_()[:, None, None]
+
+    def lyapunov(p: Tensor) -> Tensor:
+        return _minus_adjoint(torch.bmm(left, p), planes)
+
+    skew = _conjugate_gradients(lyapunov, _minus_adjoint(inner, planes), floor, steps)
+    out = torch.bmm(_left(skew, planes), w)
+    if m < n:
+        rest = torch.baddbmm(grad, _left(inner, planes), w, alpha=-1)
+        out += _conjugate_gradients(lambda p: torch.bmm(left, p), rest, floor, steps)
+    return (out / scale).view(batch, planes, m, n)
+
+
+def _conjugate_gradients(
+    operator: Callable[[Tensor], Tensor], right: Tensor, floor: Tensor, steps: int
+) -> Tensor:
+    """Solve operator(solution) = right, matrix by matrix, in `steps` steps from 0."""
+    solution = torch.zeros_like(right)
+    residual, direction = right.clone(), right.clone()
+    size = _inner(residual, residual)
+    length = size
+    # Past this point the remainder is rounding error, and further steps would divide by it.
+    converged = size * (8 * torch.finfo(right.dtype).eps) ** 2
+    for step in range(steps):
+        image = operator(direction)
+        curvature = torch.maximum(_inner(direction, image), floor * length)
+        active = (size > converged) & (curvature > 0)
+        alpha = torch.where(active, size / curvature, 0)
+        solution.addcmul_(direction, alpha)
+        if step == steps - 1:
+            break
+        residual.addcmul_(image, alpha, value=-1)
+        before, size = size, _inner(residual, residual)
+        beta = torch.where(active, size / before, 0)
+        direction.mul_(beta).add_(residual)
+        length = size + beta * beta * length
+    return solution
+
+
+def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
+    """Push (X, D) through the schedule, D = grad at the start; the normaliser is a constant."""
+    batch, planes, m, n = x.shape
+    stack, left, square, norm = _normalised(x)
+    tangent = grad.view(stack.shape) / norm
+    for step, (a, b, c) in enumerate(schedule):
+        if step:
+            left = _gram(stack, planes)
+            square = torch.bmm(left, left[:, :, :m]) if c else square
+        slope = _plus_adjoint(_product_with_adjoint(tangent, stack, planes), planes)
+        factor, change = b * left[:, :, :m], b * slope
+        if c:
+            product = torch.bmm(_left(slope, planes), left[:, :, :m])
+            factor.add_(square, alpha=c)
+            change.add_(_plus_adjoint(product, planes), alpha=c)
+        left = _left(factor, planes)
+        tangent = torch.baddbmm(tangent, left, tangent, beta=a)
+        tangent.baddbmm_(_left(change, planes), stack)
+        stack = torch.baddbmm(stack, left, stack, beta=a)
+    return tangent.view(batch, planes, m, n)
+
+
+# Products and adjoints of planar matrices -------------------------------------------------------
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def _gram(stack: Tensor, planes: int, product: Product = torch.bmm) -> Tensor:
+    """X X^H on the left."""
+    table = product(stack, stack.mT)
+    if planes == 1:
+        return table
+    m = stack.shape[1] // 2
+    out = torch.empty_like(table)
+    torch.add(table[:, :m, :m], table[:, m:, m:], out=out[:, :m, :m])
+    torch.sub(table[:, m:, :m], table[:, :m, m:], out=out[:, m:, :m])
+    return _complete(out, planes)
+
+
+def _product_with_adjoint(a: Tensor, b: Tensor, planes: int) -> Tensor:
+    """A B^H as a stack."""
+    table = torch.bmm(a, b.mT)
+    if planes == 1:
+        return table
+    m = a.shape[1] // 2
+    out = table.new_empty(len(table), 2 * m, m)
+    torch.add(table[:, :m, :m], table[:, m:, m:], out=out[:, :m])
+    torch.sub(table[:, m:, :m], table[:, :m, m:], out=out[:, m:])
+    return out
+
+
+def _quadratic(left: Tensor, b: float, c: float, planes: int) -> Tensor:
+    """b S + c S^2 on the left."""
+    m = left.shape[1] // planes
+    out = torch.empty_like(left)
+    first = left[:, :, :m]
+    torch.baddbmm(first, left, first, beta=b, alpha=c, out=out[:, :, :m])
+    return _complete(out, planes)
+
+
+def _complete(left: Tensor, planes: int) -> Tensor:
+    """Fill the second half of the columns from the first."""
+    if planes == 2:
+        m = left.shape[1] // 2
+        torch.neg(left[:, m:, :m], out=left[:, :m, m:])
+        left[:, m:, m:] = left[:, :m, :m]
+    return left
+
+
+def _left(stack: Tensor, planes: int) -> Tensor:
+    """A square stack as a factor on the left."""
+    if planes == 1:
+        return stack
+    m = stack.shape[2]
+    left = stack.new_empty(len(stack), 2 * m, 2 * m)
+    left[:, :, :m] = stack
+    return _complete(left, planes)
+
+
+def _minus_adjoint(stack: Tensor, planes: int) -> Tensor:
+    m = stack.shape[2]
+    if planes == 1:
+        return stack - stack.mT
+    out = torch.empty_like(stack)
+    torch.sub(stack[:, :m], stack[:, :m].mT, out=out[:, :m])
+    torch.add(stack[:, m:], stack[:, m:].mT, out=out[:, m:])
+    return out
+
+
+def _plus_adjoint(stack: Tensor, planes: int) -> Tensor:
+    m = stack.shape[2]
+    if planes == 1:
+        return stack + stack.mT
+    out = torch.empty_like(stack)
+    torch.add(stack[:, :m], stack[:, :m].mT, out=out[:, :m])
+    torch.sub(stack[:, m:], stack[:, m:].mT, out=out[:, m:])
+    return out
+
+
+def _hermitian_part(stack: Tensor, planes: int) -> Tensor:
+    return _left(_plus_adjoint(stack, planes).mul_(0.5), planes)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Re tr(A^H B) of each matrix, (B, 1, 1)."""
+    return torch.bmm(a.view(len(a), 1, -1), b.view(len(b), -1, 1))
+
+
+# Products in full precision ---------------------------------------------------------------------
+
+
+def _rounds_products(x: Tensor) -> bool:
+    """Whether PyTorch's settings let products of x run with operands shorter than float32."""
+    if x.dtype != torch.float32:
+        return False
+    device: Any = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
+    matmul = getattr(device, "matmul", None)
+    if hasattr(matmul, "fp32_precision"):
+        return matmul.fp32_precision in ("tf32", "bf16")
+    return matmul.allow_tf32 if x.is_cuda else torch.get_float32_matmul_precision() == "medium"
+
+
+def _exact_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """A float32 product to float32's accuracy where single products read TF32 operands."""
+    if not a.is_cuda:
+        return torch.bmm(a.double(), b.double()).float()
+    (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
+    low = torch.baddbmm(torch.bmm(a_high, b_low), a_low, b_high)
+    return low.baddbmm_(a_high, b_high)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x = high + low, high of 11 significant bits, as TF32 has (Veltkamp's splitting)."""
+    product = x * 8193.0
+    high = product - (product - x)
+    return high, x - high
