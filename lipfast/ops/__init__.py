@@ -1,11 +1,25 @@
 """The operations of the layers as functions of tensors, each with a choice of backends."""
 
 from .block_conv import block_conv
+from .cayley import cayley
 from .conv_norm import conv_norm
+from .fourier_conv import fourier_conv
+from .fourier_conv_spectrum import kernel_spectrum
 from .gram_bound import gram_bound
 from .maxmin import maxmin
 from .polar import polar
 from .residual_conv import residual_conv
 from .skew_exp import skew_exp
 
-__all__ = ["block_conv", "conv_norm", "gram_bound", "maxmin", "polar", "residual_conv", "skew_exp"]
+__all__ = [
+    "block_conv",
+    "cayley",
+    "conv_norm",
+    "fourier_conv",
+    "gram_bound",
+    "kernel_spectrum",
+    "maxmin",
+    "polar",
+    "residual_conv",
+    "skew_exp",
+]
