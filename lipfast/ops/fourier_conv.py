@@ -20,8 +20,8 @@ def fourier_conv(x: Tensor, spectrum: Tensor, *, backend: str | None = None) -> 
 
     The result is that of torch.fft for any spectrum: imaginary parts at f_x = 0 and w / 2 count
     only as far as they keep the result real. The backward pass keeps the spectrum and the
-    transform of x, which is 1 + 2 / w times the size of x; it cannot be differentiated again (except
-    with backend "reference"). Products follow torch's setting for TF32 in float32 matrix
+    transform of x, 1 + 2 / w times the size of x; it cannot be differentiated again (except with
+    backend "reference"). Products follow torch's setting for TF32 in float32 matrix
     products on CUDA; autocast does not apply. Derivation: docs/math/fourier_conv.md.
 
     Args:
@@ -65,9 +65,8 @@ def _check(x: Tensor, spectrum: Tensor) -> None:
             "fourier_conv: the dtype of spectrum must be torch.float64 or torch.float32, "
             f"got {spectrum.dtype}"
         )
-    fitting = (spectrum.dtype,)
-    if spectrum.dtype == torch.float32:
-        fitting += _SHORT_DTYPES
+    short = _SHORT_DTYPES if spectrum.dtype == torch.float32 else ()
+    fitting = (spectrum.dtype, *short)
     if x.dtype not in fitting:
         expected = ", ".join(str(dtype) for dtype in fitting)
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Products of fourier_conv with one matrix for each frequency: real products of the planar parts."""
+"""Products with one complex matrix for each frequency, as real products of planar parts."""
 
 import torch
 from torch import Tensor
