@@ -7,7 +7,8 @@ from torch import Tensor
 def cayley_forward(matrix: Tensor) -> Tensor:
     """Return [2 Z - I; -2 V Z], Z = (I + U - U^H + V^H V)^(-1), for the matrix [U; V].
 
-    It has the shape (batch, P, m, n), m >= n. P is 1 for real matrices, 2 for real and imaginary parts.
+    It has the shape (batch, P, m, n), m >= n; P is 1 for a real matrix, 2 for real and imaginary
+    parts.
     """
     n = matrix.shape[-1]
     u, v = matrix[:, :, :n], matrix[:, :, n:]
