@@ -1,8 +1,8 @@
 """Polar factors and their derivatives as real matrix products, planar complex or real.
 
 A matrix (B, P, m, n) with P = 1 plane (real) or P = 2 (real and imaginary part) is worked on as the
-stack of its planes, (B, P m, n). A square factor on the left stands as its real form, for P = 2
-the (2m, 2m) matrix [[Re, -Im], [Im, Re]], whose first m columns are its stack.
+stack of its planes, (B, P m, n). A square factor on the left takes its real form, for P = 2 the
+(2m, 2m) matrix [[Re, -Im], [Im, Re]], whose first m columns are its stack.
 """
 
 from collections.abc import Callable
@@ -55,40 +55,39 @@ def _in_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) ->
 
 def _forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
     planes = x.shape[1]
-    stack, left, square, _ = _normalised(x)
-    (a, b, c), *steps = schedule
-    left[:, :, : x.shape[2]].mul_(b).add_(square, alpha=c)
-    stack = torch.baddbmm(stack, _complete(left, planes), stack, beta=a)
-    for a, b, c in steps[:-1]:
-        left = _gram(stack, planes)
+    stack, gram, square, _ = _normalised(x)
+    for number, (a, b, c) in enumerate(schedule[:-1]):
+        if number:
+            gram = _gram(stack, planes)
+        left = _left(gram, planes)
         if c:
-            left = _quadratic(left, b, c, planes)
+            square = torch.bmm(left, gram) if number else square
+            left = _left(gram.mul_(b).add_(square, alpha=c), planes)
             b = 1.0
         stack = torch.baddbmm(stack, left, stack, beta=a, alpha=b)
-    return _last_step(stack, planes, steps[-1])
+    return _last_step(stack, planes, schedule[-1])
 
 
 def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """X = x / sqrt(nu) as a stack, S = X X^H on the left, S^2 as a stack, and sqrt(nu) (B, 1, 1).
+    """X = x / sqrt(nu), S = X X^H and S^2 as stacks, and sqrt(nu) (B, 1, 1).
 
     nu = min(||(x x^H)^2||_F, ||(x x^H)^2||_inf)^(1/2) (1 + 1e-5) >= sigma_max(x)^2.
     """
     batch, planes, m, n = x.shape
-    scale = x.abs().amax((1, 2, 3))[:, None, None]
-    scale += scale == 0
+    scale = _largest(x)
     stack = x.view(batch, planes * m, n) / scale
-    left = _gram(stack, planes)
-    square = torch.bmm(left, left[:, :, :m])
+    gram = _gram(stack, planes)
+    square = torch.bmm(_left(gram, planes), gram)
     moduli = square.view(batch, planes, m, m).square().sum(1)
     frobenius = moduli.sum((1, 2)).sqrt()
     rows = moduli.sqrt_().sum(2).amax(1)
     nu = torch.minimum(frobenius, rows).sqrt() * (1 + 1e-5)
-    # at least 1 by the division by the largest entry, unless x is 0
+    # at least 1 after the division by the largest entry, unless x is 0
     nu = nu.clamp_min(0.5)[:, None, None]
     stack *= nu.rsqrt()
-    left /= nu
+    gram /= nu
     square /= nu * nu
-    return stack, left, square, scale * nu.sqrt()
+    return stack, gram, square, scale * nu.sqrt()
 
 
 def _last_step(stack: Tensor, planes: int, step: Step) -> tuple[Tensor, Tensor]:
@@ -96,24 +95,24 @@ def _last_step(stack: Tensor, planes: int, step: Step) -> tuple[Tensor, Tensor]:
     a, b, _ = step
     batch, m, n = stack.shape[0], stack.shape[1] // planes, stack.shape[2]
     product = _exact_bmm if _rounds_products(stack) else torch.bmm
-    left = _gram(stack, planes, product)
-    left.diagonal(dim1=1, dim2=2).sub_(1)
-    residual = torch.linalg.vector_norm(left[:, :, :m], dim=(1, 2))
+    gram = _gram(stack, planes, product)
+    gram[:, :m].diagonal(dim1=1, dim2=2).sub_(1)
+    residual = torch.linalg.vector_norm(gram, dim=(1, 2))
     # a X + b S X = (a + b) X + b (S - I) X, whose second term is small after convergence
-    w = torch.add((a + b) * stack, product(left, stack), alpha=b)
+    w = torch.add((a + b) * stack, product(_left(gram, planes), stack), alpha=b)
     return w.view(batch, planes, m, n), residual
 
 
 def _implicit(grad: Tensor, x: Tensor, w: Tensor, steps: int) -> Tensor:
     batch, planes, m, n = x.shape
-    scale = x.abs().amax((1, 2, 3))[:, None, None]
-    scale += scale == 0
-    shape = (batch, planes * m, n)
-    x, w, grad = x.view(shape) / scale, w.view(shape), grad.view(shape)
-    left = _hermitian_part(_product_with_adjoint(x, w, planes), planes)
+    # The derivative at x / scale of grad / size, so that squares neither overflow nor vanish.
+    scale, size = _largest(x), _largest(grad)
+    x, grad = (t.view(batch, planes * m, n) / s for t, s in ((x, scale), (grad, size)))
+    w = w.view(batch, planes * m, n)
+    polar = _plus_adjoint(_product_with_adjoint(x, w, planes), planes).mul_(0.5)
+    floor = torch.linalg.vector_norm(polar, dim=(1, 2), keepdim=True) * (_CURVATURE / m**0.5)
+    left = _left(polar, planes)
     inner = _product_with_adjoint(grad, w, planes)
-    floor = left.square().sum((1, 2)) * (_CURVATURE**2 / (planes * m))
-    floor = floor.sqrt_()[:, None, None]
 
     def lyapunov(p: Tensor) -> Tensor:
         return _minus_adjoint(torch.bmm(left, p), planes)
@@ -123,15 +122,15 @@ def _implicit(grad: Tensor, x: Tensor, w: Tensor, steps: int) -> Tensor:
     if m < n:
         rest = torch.baddbmm(grad, _left(inner, planes), w, alpha=-1)
         out += _conjugate_gradients(lambda p: torch.bmm(left, p), rest, floor, steps)
-    return (out / scale).view(batch, planes, m, n)
+    return out.mul_(size / scale).view(batch, planes, m, n)
 
 
 def _conjugate_gradients(
     operator: Callable[[Tensor], Tensor], right: Tensor, floor: Tensor, steps: int
 ) -> Tensor:
-    """Solve operator(solution) = right, matrix by matrix, in `steps` steps from 0."""
-    solution = torch.zeros_like(right)
-    residual, direction = right.clone(), right.clone()
+    """Solve operator(solution) = right, matrix by matrix, in `steps` steps from 0; eats `right`."""
+    solution, direction = torch.zeros_like(right), right.clone()
+    residual = right
     size = _inner(residual, residual)
     length = size
     # Past this point the remainder is rounding error, and further steps would divide by it.
@@ -147,7 +146,7 @@ def _conjugate_gradients(
         residual.addcmul_(image, alpha, value=-1)
         before, size = size, _inner(residual, residual)
         beta = torch.where(active, size / before, 0)
-        direction.mul_(beta).add_(residual)
+        torch.addcmul(residual, direction, beta, out=direction)
         length = size + beta * beta * length
     return solution
 
@@ -155,16 +154,16 @@ def _conjugate_gradients(
 def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
     """Push (X, D) through the schedule, D = grad at the start; the normaliser is a constant."""
     batch, planes, m, n = x.shape
-    stack, left, square, norm = _normalised(x)
+    stack, gram, square, norm = _normalised(x)
     tangent = grad.view(stack.shape) / norm
-    for step, (a, b, c) in enumerate(schedule):
-        if step:
-            left = _gram(stack, planes)
-            square = torch.bmm(left, left[:, :, :m]) if c else square
+    for number, (a, b, c) in enumerate(schedule):
+        if number:
+            gram = _gram(stack, planes)
+            square = torch.bmm(_left(gram, planes), gram) if c else square
         slope = _plus_adjoint(_product_with_adjoint(tangent, stack, planes), planes)
-        factor, change = b * left[:, :, :m], b * slope
+        factor, change = b * gram, b * slope
         if c:
-            product = torch.bmm(_left(slope, planes), left[:, :, :m])
+            product = torch.bmm(_left(slope, planes), gram)
             factor.add_(square, alpha=c)
             change.add_(_plus_adjoint(product, planes), alpha=c)
         left = _left(factor, planes)
@@ -174,26 +173,32 @@ def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
     return tangent.view(batch, planes, m, n)
 
 
-# Products and adjoints of planar matrices -------------------------------------------------------
-
-Product = Callable[[Tensor, Tensor], Tensor]
-
-
-def _gram(stack: Tensor, planes: int, product: Product = torch.bmm) -> Tensor:
-    """X X^H on the left."""
-    table = product(stack, stack.mT)
-    if planes == 1:
-        return table
-    m = stack.shape[1] // 2
-    out = torch.empty_like(table)
-    torch.add(table[:, :m, :m], table[:, m:, m:], out=out[:, :m, :m])
-    torch.sub(table[:, m:, :m], table[:, :m, m:], out=out[:, m:, :m])
-    return _complete(out, planes)
+def _largest(x: Tensor) -> Tensor:
+    """Largest entry of each matrix, (B, 1, 1), and 1 for a zero matrix."""
+    largest = x.abs().amax((1, 2, 3))[:, None, None]
+    return largest + (largest == 0)
 
 
-def _product_with_adjoint(a: Tensor, b: Tensor, planes: int) -> Tensor:
-    """A B^H as a stack."""
-    table = torch.bmm(a, b.mT)
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Re tr(A^H B) of each matrix, (B, 1, 1)."""
+    return (a * b).sum((1, 2), keepdim=True)
+
+
+# Products and adjoints of stacks ----------------------------------------------------------------
+
+_Product = Callable[[Tensor, Tensor], Tensor]
+
+
+def _gram(stack: Tensor, planes: int, product: _Product = torch.bmm) -> Tensor:
+    """X X^H."""
+    return _product_with_adjoint(stack, stack, planes, product)
+
+
+def _product_with_adjoint(
+    a: Tensor, b: Tensor, planes: int, product: _Product = torch.bmm
+) -> Tensor:
+    """A B^H."""
+    table = product(a, b.mT)
     if planes == 1:
         return table
     m = a.shape[1] // 2
@@ -203,24 +208,6 @@ def _product_with_adjoint(a: Tensor, b: Tensor, planes: int) -> Tensor:
     return out
 
 
-def _quadratic(left: Tensor, b: float, c: float, planes: int) -> Tensor:
-    """b S + c S^2 on the left."""
-    m = left.shape[1] // planes
-    out = torch.empty_like(left)
-    first = left[:, :, :m]
-    torch.baddbmm(first, left, first, beta=b, alpha=c, out=out[:, :, :m])
-    return _complete(out, planes)
-
-
-def _complete(left: Tensor, planes: int) -> Tensor:
-    """Fill the second half of the columns from the first."""
-    if planes == 2:
-        m = left.shape[1] // 2
-        torch.neg(left[:, m:, :m], out=left[:, :m, m:])
-        left[:, m:, m:] = left[:, :m, :m]
-    return left
-
-
 def _left(stack: Tensor, planes: int) -> Tensor:
     """A square stack as a factor on the left."""
     if planes == 1:
@@ -228,10 +215,13 @@ def _left(stack: Tensor, planes: int) -> Tensor:
     m = stack.shape[2]
     left = stack.new_empty(len(stack), 2 * m, 2 * m)
     left[:, :, :m] = stack
-    return _complete(left, planes)
+    left[:, m:, m:] = stack[:, :m]
+    torch.neg(stack[:, m:], out=left[:, :m, m:])
+    return left
 
 
 def _minus_adjoint(stack: Tensor, planes: int) -> Tensor:
+    """A - A^H."""
     m = stack.shape[2]
     if planes == 1:
         return stack - stack.mT
@@ -242,6 +232,7 @@ def _minus_adjoint(stack: Tensor, planes: int) -> Tensor:
 
 
 def _plus_adjoint(stack: Tensor, planes: int) -> Tensor:
+    """A + A^H."""
     m = stack.shape[2]
     if planes == 1:
         return stack + stack.mT
@@ -249,15 +240,6 @@ def _plus_adjoint(stack: Tensor, planes: int) -> Tensor:
     torch.add(stack[:, :m], stack[:, :m].mT, out=out[:, :m])
     torch.sub(stack[:, m:], stack[:, m:].mT, out=out[:, m:])
     return out
-
-
-def _hermitian_part(stack: Tensor, planes: int) -> Tensor:
-    return _left(_plus_adjoint(stack, planes).mul_(0.5), planes)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Re tr(A^H B) of each matrix, (B, 1, 1)."""
-    return torch.bmm(a.view(len(a), 1, -1), b.view(len(b), -1, 1))
 
 
 # Products in full precision ---------------------------------------------------------------------
@@ -268,7 +250,7 @@ def _rounds_products(x: Tensor) -> bool:
     if x.dtype != torch.float32:
         return False
     device: Any = torch.backends.cuda if x.is_cuda else torch.backends.mkldnn
-    matmul = getattr(device, "matmul", None)
+    matmul: Any = getattr(device, "matmul", None)
     if hasattr(matmul, "fp32_precision"):
         return matmul.fp32_precision in ("tf32", "bf16")
     return matmul.allow_tf32 if x.is_cuda else torch.get_float32_matmul_precision() == "medium"
