@@ -39,7 +39,8 @@ def kernel_spectrum(kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
     if kernel.dtype.itemsize < 4:
         kernel = kernel.float()
     h, w = map_size
-    if not torch._C._functorch.is_functorch_wrapped_tensor(kernel):
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    if torch.compiler.is_compiling() or not wrapped(kernel):
         return torch.ops.lipfast.kernel_spectrum(kernel, h, w)
     spectrum = reference_spectrum(kernel, (h, w))
     return torch.stack([spectrum.real, spectrum.imag], dim=1)
