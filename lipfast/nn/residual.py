@@ -76,18 +76,22 @@ class _CPL(ResidualModule):
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
         kernel, scale = reference.unit_scale(as_kernel(self.weight))
+        norm = self._estimate(kernel, map_size)
+        return kernel, self._scaled_bias(scale), 2 * reference.inverse_or_zero(norm**2)
+
+    def _estimate(self, kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
         patch = self.power_vector[..., : map_size[0], : map_size[1]]
-        norm, vector = reference.power_iteration(kernel, patch.to(kernel.dtype), self.padding_mode)
-        with torch.no_grad():
-            patch.copy_(vector)
-        bias = self._scaled_bias(scale)
-        return kernel, bias, 2 * reference.inverse_or_zero(norm**2)
+        norm, vector = ops.conv_norm(kernel, patch.to(kernel.dtype), self.padding_mode)
+        if gram_backend() is None:  # inside torch.func transforms nothing may be written
+            with torch.no_grad():
+                patch.copy_(vector)
+        return norm
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         kernel, scale = reference.unit_scale(as_kernel(self.weight).double())
         dtype = self.weight.dtype
         kernel = kernel.to(dtype)
-        norm = reference.conv_norm_bound(kernel.double(), map_size, self.padding_mode)
+        norm = ops.conv_norm_map_bound(kernel.double(), map_size, self.padding_mode)
         t = 2 * reference.inverse_or_zero(norm**2)
         t = _round_down(t, dtype)
         bound = (t.double() * norm**2 - 1).clamp_min(1)

@@ -3,6 +3,7 @@
 from .block_conv import block_conv
 from .cayley import cayley
 from .conv_norm import conv_norm
+from .conv_norm_map import conv_norm_map_bound
 from .fourier_conv import fourier_conv
 from .fourier_conv_spectrum import kernel_spectrum
 from .gram_bound import gram_bound
@@ -15,6 +16,7 @@ __all__ = [
     "block_conv",
     "cayley",
     "conv_norm",
+    "conv_norm_map_bound",
     "fourier_conv",
     "gram_bound",
     "kernel_spectrum",
