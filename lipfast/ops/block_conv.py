@@ -174,8 +174,9 @@ def _axis(index: int) -> int:
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()
 
 

@@ -160,6 +160,7 @@ def _column_scale(h: int, w: int, device: torch.device) -> Tensor:
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Autocast would round the products to bfloat16 or float16."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()
