@@ -116,13 +116,22 @@ def choose(op: str, x: Tensor, *args: Any, backend: str | None = None) -> str:
     """
     if backend is not None:
         _checked(backend, f"{op}: backend")
-    forced = backend or _forced or _checked(_environment, "environment variable LIPFAST_BACKEND")
-    if forced is None:
+    chosen = backend or forced()
+    if chosen is None:
         return _fastest(op, x, *args)
-    reason = why_not(op, forced, x, *args)
+    reason = why_not(op, chosen, x, *args)
     if reason is not None:
-        raise ValueError(f"{op}: backend {forced!r} cannot run: {reason}")
-    return forced
+        raise ValueError(f"{op}: backend {chosen!r} cannot run: {reason}")
+    return chosen
+
+
+def forced() -> str | None:
+    """Return the backend of `set_backend`, else of LIPFAST_BACKEND, else None.
+
+    Raises:
+        ValueError: LIPFAST_BACKEND names no backend.
+    """
+    return _forced or _checked(_environment, "environment variable LIPFAST_BACKEND")
 
 
 def why_not(op: str, backend: str, *args: Any) -> str | None:

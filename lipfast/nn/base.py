@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -169,6 +170,10 @@ class LipschitzModule(nn.Module):
         """Apply the layer to x (n, in_channels, h, w)."""
         raise NotImplementedError
 
+    def _weight_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the training weights for an input of `dtype`, outside autocast."""
+        return dtype
+
     def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
         """Plain torch module with these weights."""
         raise NotImplementedError
@@ -184,7 +189,7 @@ class LipschitzModule(nn.Module):
             weights = self._training_weights(map_size)
         if _is_autocast(x):
             return weights
-        return tuple(weight.to(_like(x.dtype, weight)) for weight in weights)
+        return tuple(weight.to(self._weight_dtype(x.dtype)) for weight in weights)
 
     def _sound(self, map_size: tuple[int, int]) -> SoundWeights:
         if _is_traced(self.weight):
@@ -204,7 +209,12 @@ class LipschitzModule(nn.Module):
         return entry.sound
 
     def _build_sound(self, map_size: tuple[int, int]) -> SoundWeights:
-        with torch.inference_mode(False), torch.no_grad(), no_autocast(self.weight):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            no_autocast(self.weight),
+            _outside_transforms(self.weight),
+        ):
             return self._sound_weights(map_size)
 
     def _map_size(self, input_size: tuple[int, int] | None) -> tuple[int, int]:
@@ -266,11 +276,11 @@ def _is_autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _like(dtype: torch.dtype, weight: Tensor) -> torch.dtype:
-    """`dtype`, or its complex twin where the weight is complex; half precision stays float32."""
-    if not weight.is_complex():
-        return dtype
-    return torch.complex128 if dtype == torch.float64 else torch.complex64
+def _outside_transforms(weight: Tensor) -> AbstractContextManager[Any]:
+    """Leave the transforms of torch.func, unless they act on the weight."""
+    if _is_traced(weight) or not torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 def _is_traced(weight: Tensor) -> bool:

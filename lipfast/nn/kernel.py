@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lipfast import reference
+from lipfast import backends, reference
 
 from .base import LipschitzModule
 
@@ -46,6 +46,18 @@ def gram_backend() -> str | None:
     """The backend of `gram_bound` in training: inside torch.func transforms the published form."""
     inside = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     return "reference" if inside else None
+
+
+def sound_backend(weight: Tensor) -> str:
+    """The backend that builds the weights of evaluation mode, in float64 on any device."""
+    published = backends.forced() == "reference" or is_transformed(weight)
+    return "reference" if published else "torch"
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func acts on x, outside of torch.compile."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -> nn.Module:
