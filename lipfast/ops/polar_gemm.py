@@ -5,6 +5,7 @@ stack of its planes, (B, P m, n). A square factor on the left takes its real for
 (2m, 2m) matrix [[Re, -Im], [Im, Re]], whose first m columns are its stack.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,8 @@ from lipfast.ops.polar_schedules import Step
 
 # On a CPU a block of matrices goes through all steps while it stays in the cache.
 _BLOCK_BYTES = 1 << 18
-# Conjugate gradients take curvatures below this share of the spectrum's root mean square as this
-# share, so that gradients stay bounded where singular values vanish.
+# Conjugate gradient steps are at most the inverse of this share of the root mean square singular
+# value, so that gradients stay bounded where singular values vanish.
 _CURVATURE = 1e-2
 
 
@@ -132,13 +133,13 @@ def _conjugate_gradients(
     solution, direction = torch.zeros_like(right), right.clone()
     residual = right
     size = _inner(residual, residual)
-    length = size
     # Past this point the remainder is rounding error, and further steps would divide by it.
-    converged = size * (8 * torch.finfo(right.dtype).eps) ** 2
+    negligible = size * (8 * torch.finfo(right.dtype).eps) ** 2
+    negligible = torch.where(floor > 0, negligible, math.inf)
     for step in range(steps):
         image = operator(direction)
-        curvature = torch.maximum(_inner(direction, image), floor * length)
-        active = (size > converged) & (curvature > 0)
+        active = size > negligible
+        curvature = torch.maximum(_inner(direction, image), floor * size)
         alpha = torch.where(active, size / curvature, 0)
         solution.addcmul_(direction, alpha)
         if step == steps - 1:
@@ -147,7 +148,6 @@ def _conjugate_gradients(
         before, size = size, _inner(residual, residual)
         beta = torch.where(active, size / before, 0)
         torch.addcmul(residual, direction, beta, out=direction)
-        length = size + beta * beta * length
     return solution
 
 
@@ -175,7 +175,7 @@ def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
 
 def _largest(x: Tensor) -> Tensor:
     """Largest entry of each matrix, (B, 1, 1), and 1 for a zero matrix."""
-    largest = x.abs().amax((1, 2, 3))[:, None, None]
+    largest = torch.linalg.vector_norm(x, math.inf, dim=(1, 2, 3))[:, None, None]
     return largest + (largest == 0)
 
 
