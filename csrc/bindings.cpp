@@ -45,7 +45,7 @@ GramBoundParams gram_bound_params(uintptr_t taps, uintptr_t a, uintptr_t q, uint
   check(batch >= 0 && channels >= 0 && depth >= 0, "gram_bound: sizes must not be negative");
   check(kh >= 1 && kw >= 1, "gram_bound: kh and kw must be positive");
   const bool empty = batch * channels * depth == 0;
-  check(empty || (taps && q && signs && out), "gram_bound: only a may be null");
+  check(empty || (q && signs && out), "gram_bound: q, signs and out must not be null");
   return {address<const void>(taps), address<const void>(a), address<const void>(q),
           address<int8_t>(signs), address<void>(out), batch, channels, depth, kh, kw, is_double};
 }
@@ -76,6 +76,18 @@ PYBIND11_MODULE(_C, m) {
            py::arg("signs"), py::arg("out"), py::arg("batch"), py::arg("channels"),
            py::arg("depth"), py::arg("kh"), py::arg("kw"), py::arg("is_double"));
   m.attr("gram_bound_tile") = kGramBoundTile;
+  py::enum_<GramBoundProducts>(m, "GramBoundProducts")
+      .value("ALL_TAPS", GramBoundProducts::kAllTaps)
+      .value("ROWS", GramBoundProducts::kRows)
+      .value("SUMMED", GramBoundProducts::kSummed);
+  m.def("gram_bound_forward_cpu", [](const GramBoundParams& params, GramBoundProducts kind) {
+    check(params.taps, "gram_bound: taps must not be null");
+    gram_bound_forward_cpu(params, kind);
+  }, no_gil);
+  m.def("gram_bound_backward_cpu", [](const GramBoundParams& params, bool matrix) {
+    check(params.a, "gram_bound: a must not be null");
+    gram_bound_backward_cpu(params, matrix);
+  }, no_gil);
 
 #if defined(LIPFAST_CUDA_ARCHS)
   m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;
@@ -88,10 +100,11 @@ PYBIND11_MODULE(_C, m) {
     maxmin_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
   m.def("gram_bound_forward_cuda", [](const GramBoundParams& params, uintptr_t stream) {
+    check(params.taps, "gram_bound: taps must not be null");
     gram_bound_forward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
   m.def("gram_bound_backward_cuda", [](const GramBoundParams& params, uintptr_t stream) {
-    check(params.a, "gram_bound: a must not be null");
+    check(params.taps && params.a, "gram_bound: taps and a must not be null");
     gram_bound_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
 #else

@@ -44,11 +44,12 @@ _FASTEST: dict[str, tuple[_Rule, ...]] = {
     "fourier_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     "block_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     # the Triton and CUDA kernels have not been timed on a GPU yet
-    "gram_bound": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
+    "gram_bound": (_Rule("cpu", 0, ("cpp", "torch")), _Rule("cuda", 0, ("torch",))),
     "maxmin": (_Rule("cpu", 0, ("cpp",)), _Rule("cuda", 0, ("triton", "cuda"))),
     "polar": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     # recomputing pays in memory, not in time: 0.66 to 0.85 of the published speed on a CPU
     "residual_conv": (_Rule("cuda", 0, ("torch",)),),
+    "skew_exp": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
 }
 
 _can_run: dict[str, Mapping[str, CanRun]] = {}

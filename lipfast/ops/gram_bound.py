@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
-from lipfast.ops import gram_bound_gemm
+from lipfast.ops import gram_bound_cpp, gram_bound_cuda, gram_bound_gemm
 from lipfast.reference.gram_bound import gram_bound as reference_gram_bound
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,8 +36,8 @@ def gram_bound(
         q: positive weights, of the shape and dtype of the result; None for ones.
         axis: "in" correlates the input channels (AOL), "out" the output channels (SLL).
         groups: of the convolution; channels of different groups do not meet.
-        backend: "triton" (float32), "cuda", "torch" or "reference"; None takes the forced backend
-            (`lipfast.set_backend`), or else the fastest that can run.
+        backend: "triton" (float32), "cuda", "cpp", "torch" or "reference"; None takes the forced
+            backend (`lipfast.set_backend`), or else the fastest that can run.
 
     Returns:
         r, (in,) or (out,), or (batch, in) or (batch, out); dtype and device of weight.
@@ -58,7 +58,8 @@ def gram_bound(
         weight, q = weight.float(), None if q is None else q.float()
     if chosen == "reference":
         return _published(weight, q, axis, groups).to(dtype)
-    if chosen == "torch" and not torch.compiler.is_compiling():
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if plain and chosen in ("cpp", "torch"):
         # A small kernel would spend more time in the registered op's dispatch than in its products.
         return _Eager.apply(weight, q, axis, groups, chosen).to(dtype)
     return torch.ops.lipfast.gram_bound(weight, q, axis, groups, chosen)[0].to(dtype)
@@ -116,6 +117,7 @@ backends.register(
     {
         "triton": _triton_can_run,
         "cuda": backends.cuda_can_run,
+        "cpp": backends.cpp_can_run,
         "torch": lambda weight: None,
         "reference": lambda weight: None,
     },
@@ -214,9 +216,7 @@ def _launcher(backend: str):  # type: ignore[no-untyped-def]
         from lipfast.kernels import gram_bound as triton_gram_bound
 
         return triton_gram_bound
-    from lipfast.ops import gram_bound_cuda
-
-    return gram_bound_cuda
+    return gram_bound_cpp if backend == "cpp" else gram_bound_cuda
 
 
 def _forward_fake(

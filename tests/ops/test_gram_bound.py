@@ -6,12 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from lipfast.ops import gram_bound, gram_bound_gemm
+from lipfast import backends
+from lipfast.ops import gram_bound, gram_bound_cpp, gram_bound_gemm
 
 SHAPES = [(1, 1, 1, 1), (1, 1, 3, 3), (3, 3, 3, 3), (17, 17, 3, 3), (5, 3, 3, 3), (3, 5, 2, 4)]
 SHAPES += [(4, 4, 1, 7), (2, 3, 7, 1), (3, 2, 7, 7), (2, 2, 5, 6), (6, 4), (1, 5), (5, 1)]
 SHAPES += [(2, 5, 3, 3, 3), (3, 4, 6), (1, 4, 4, 2, 2)]
-BACKENDS = ["torch", "reference"]
+CPP = pytest.param(
+    "cpp",
+    marks=pytest.mark.skipif(
+        backends.cpp_can_run(torch.empty(0)) is not None, reason="lipfast._C is not built"
+    ),
+)
+BACKENDS = [CPP, "torch", "reference"]
 
 
 def definition(weight: Tensor, q: Tensor | None, axis: str, groups: int = 1) -> Tensor:
@@ -52,11 +59,14 @@ def draw(
     return weight.requires_grad_(), q.requires_grad_(), grad
 
 
-@pytest.fixture(params=["one product", "a product for each row"])
+@pytest.fixture(params=["one product", "a product for each row", "products in place"])
 def path(request, monkeypatch):
-    limit = 10**9 if request.param == "one product" else 0
-    monkeypatch.setattr(gram_bound_gemm, "_ONE_PRODUCT_FORWARD", limit)
-    monkeypatch.setattr(gram_bound_gemm, "_ONE_PRODUCT_BACKWARD", limit)
+    small = 10**9 if request.param == "one product" else 0
+    for module in (gram_bound_cpp, gram_bound_gemm):
+        monkeypatch.setattr(module, "_ONE_PRODUCT_FORWARD", small)
+        monkeypatch.setattr(module, "_ONE_PRODUCT_BACKWARD", small)
+    rows = 10**9 if request.param == "a product for each row" else 0
+    monkeypatch.setattr(gram_bound_cpp, "_ROW_PRODUCTS_FORWARD", rows)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -90,19 +100,20 @@ def test_groups_do_not_meet(shape, groups, axis, backend, path, poisoned_empty):
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS[:-1])
 @pytest.mark.parametrize("shape", [(16, 16, 3, 3), (64, 64, 3, 3), (20, 48, 5, 3), (96, 80)])
-def test_float32_is_as_exact_as_the_published_form(shape, path):
+def test_float32_is_as_exact_as_the_published_form(shape, backend, path):
     weight, q, grad = draw(shape, "in")
     exact = definition(weight, q, "in")
     exact_grad = torch.autograd.grad(exact, (weight, q), grad)
     errors = {}
-    for backend in BACKENDS:
+    for name in (backend, "reference"):
         w, v = (t.detach().float().requires_grad_() for t in (weight, q))
-        r = gram_bound(w, v, backend=backend)
+        r = gram_bound(w, v, backend=name)
         values = (r, *torch.autograd.grad(r, (w, v), grad.float()))
         pairs = zip(values, (exact, *exact_grad), strict=True)
-        errors[backend] = [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
-    for ours, published in zip(errors["torch"], errors["reference"], strict=True):
+        errors[name] = [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+    for ours, published in zip(errors[backend], errors["reference"], strict=True):
         assert ours < 2 * published + 1e-6
 
 
