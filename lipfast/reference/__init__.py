@@ -14,10 +14,26 @@ from .fourier_conv import fourier_conv, kernel_spectrum
 from .gram_bound import aol_rescale, gram_bound, inverse_or_zero
 from .polar import bjorck, polar
 from .residual_conv import residual_conv
-from .skew_exp import skew_exp, skew_kernel, taylor_supremum
+from .series import (
+    Coefficients,
+    polynomial_supremum,
+    supremum_on_interval,
+    taylor_coefficients,
+    taylor_supremum,
+    unimodular_coefficients,
+)
+from .skew_exp import (
+    matrix_polynomial,
+    skew_exp,
+    skew_kernel,
+    skew_norm_bound,
+    skew_polynomial,
+    skew_power_iteration,
+)
 from .sound import contract, round_contraction, unit_scale
 
 __all__ = [
+    "Coefficients",
     "unit_scale",
     "round_contraction",
     "contract",
@@ -34,14 +50,22 @@ __all__ = [
     "fourier_conv",
     "gram_bound",
     "kernel_spectrum",
+    "matrix_polynomial",
     "polar",
     "power_iteration",
     "residual_conv",
     "schatten_bound",
+    "polynomial_supremum",
     "skew_exp",
     "skew_kernel",
+    "skew_norm_bound",
+    "skew_polynomial",
+    "skew_power_iteration",
+    "supremum_on_interval",
+    "taylor_coefficients",
     "taylor_supremum",
     "torus_bound",
     "transpose_kernel",
+    "unimodular_coefficients",
     "unfolding_bound",
 ]
