@@ -2,13 +2,7 @@
 
 from .block_conv import block_conv
 from .cayley import cayley
-from .conv_norm import (
-    conv_norm_bound,
-    power_iteration,
-    schatten_bound,
-    torus_bound,
-    unfolding_bound,
-)
+from .conv_norm import power_iteration, schatten_bound, torus_bound, unfolding_bound
 from .convolution import circular_pad, conv2d, conv2d_same, conv2d_same_adjoint, transpose_kernel
 from .fourier_conv import fourier_conv, kernel_spectrum
 from .gram_bound import aol_rescale, gram_bound, inverse_or_zero
@@ -46,7 +40,6 @@ __all__ = [
     "conv2d",
     "conv2d_same",
     "conv2d_same_adjoint",
-    "conv_norm_bound",
     "fourier_conv",
     "gram_bound",
     "kernel_spectrum",

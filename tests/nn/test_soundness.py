@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lipfast import certify, reference
+from lipfast import certify, ops, reference
 from lipfast import nn as lnn
 
 METHODS = list(lnn.METHODS)
@@ -112,9 +112,9 @@ def test_training_layer_is_sound_too_where_the_method_promises_it(method):
 
 
 @pytest.mark.parametrize("grid", [64, 7])
-def test_torus_replaces_a_dense_operator_that_is_too_large(monkeypatch, grid):
-    monkeypatch.setattr("lipfast.reference.conv_norm.DENSE_LIMIT", 1)
-    monkeypatch.setattr("lipfast.reference.conv_norm.TORUS_GRID", grid)
+def test_torus_replaces_a_zero_padded_map_that_is_too_large(monkeypatch, grid):
+    monkeypatch.setattr("lipfast.ops.conv_norm_map._WORK_LIMIT", 1)
+    monkeypatch.setattr("lipfast.ops.conv_norm_map._TORUS_GRID", grid)
     for family, size in itertools.product(("random", "checkerboard", "constant"), SIZES):
         conv = lnn.CPLConv2d(3, 3, 3).eval()
         fill(conv, family, 0)
@@ -160,8 +160,8 @@ def test_convolution_bounds_are_above_the_dense_norm(seed, k, c_out, c_in, h, w)
     for mode in ("zeros", "circular"):
         dense = reference.conv2d_same(basis, kernel, None, mode).flatten(1)
         norm = float(torch.linalg.matrix_norm(dense, 2)) * (1 - 1e-12)
-        exact = float(reference.conv_norm_bound(kernel, (h, w), mode))
-        assert norm <= exact <= norm * 1.003
+        exact = float(ops.conv_norm_map_bound(kernel, (h, w), mode))
+        assert norm <= exact <= norm * 1.002
         assert norm <= float(reference.torus_bound(kernel))
         assert norm <= float(reference.unfolding_bound(kernel))
         q = random_matrix(1, c_in, seed, 0.0)[0].abs() + 1e-6
