@@ -195,6 +195,8 @@ def _polar(
     form: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    if matrix.numel() == 0:
+        return matrix.clone(), matrix.real.new_zeros(matrix.shape[: -3 if planar else -2])
     if backend == "reference":
         return _published(matrix, planar, ridge, form)
     if matrix.is_complex():
@@ -231,8 +233,6 @@ def _published(
     if planar:
         w, residual = _published(torch.complex(*matrix.unbind(-3)), False, ridge, form)
         return torch.stack([w.real, w.imag], dim=-3), residual
-    if matrix.numel() == 0:
-        return matrix.clone(), matrix.real.new_zeros(matrix.shape[:-2])
     scaled, scale = reference.unit_scale(matrix, dim=(-2, -1))
     if form == "newton":
         w = reference.polar(scaled, ridge=ridge / scale**2)

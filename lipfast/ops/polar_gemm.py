@@ -16,9 +16,9 @@ from lipfast.ops.polar_schedules import Step
 
 # On a CPU a block of matrices goes through all steps while it stays in the cache.
 _BLOCK_BYTES = 1 << 18
-# Conjugate gradient steps are at most the inverse of this share of the root mean square singular
-# value, so that gradients stay bounded where singular values vanish.
-_CURVATURE = 1e-2
+# Added to the polar factor H = (x x^H)^(1/2) where w has not converged, as a share of the root mean
+# square singular value: conjugate gradients then meet a positive definite H whatever x is.
+_SHIFT = 0.1
 
 
 def polar_forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
@@ -110,45 +110,43 @@ def _implicit(grad: Tensor, x: Tensor, w: Tensor, steps: int) -> Tensor:
     scale, size = _largest(x), _largest(grad)
     x, grad = (t.view(batch, planes * m, n) / s for t, s in ((x, scale), (grad, size)))
     w = w.view(batch, planes * m, n)
-    polar = _plus_adjoint(_product_with_adjoint(x, w, planes), planes).mul_(0.5)
-    floor = torch.linalg.vector_norm(polar, dim=(1, 2), keepdim=True) * (_CURVATURE / m**0.5)
+    shift = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) * (_SHIFT / m**0.5)
+    shift = shift.clamp_min(_SHIFT / m**0.5)  # as if x were not 0
+    polar = _product_with_adjoint(x - shift * w, w, planes)
+    polar = _plus_adjoint(polar, planes).mul_(0.5)
+    polar[:, :m].diagonal(dim1=1, dim2=2).add_(shift[:, :, 0])
     left = _left(polar, planes)
     inner = _product_with_adjoint(grad, w, planes)
 
     def lyapunov(p: Tensor) -> Tensor:
         return _minus_adjoint(torch.bmm(left, p), planes)
 
-    skew = _conjugate_gradients(lyapunov, _minus_adjoint(inner, planes), floor, steps)
+    skew = _conjugate_gradients(lyapunov, _minus_adjoint(inner, planes), steps)
     out = torch.bmm(_left(skew, planes), w)
     if m < n:
         rest = torch.baddbmm(grad, _left(inner, planes), w, alpha=-1)
-        out += _conjugate_gradients(lambda p: torch.bmm(left, p), rest, floor, steps)
+        out += _conjugate_gradients(lambda p: torch.bmm(left, p), rest, steps)
     return out.mul_(size / scale).view(batch, planes, m, n)
 
 
-def _conjugate_gradients(
-    operator: Callable[[Tensor], Tensor], right: Tensor, floor: Tensor, steps: int
-) -> Tensor:
+def _conjugate_gradients(operator: Callable[[Tensor], Tensor], right: Tensor, steps: int) -> Tensor:
     """Solve operator(solution) = right, matrix by matrix, in `steps` steps from 0; eats `right`."""
     solution, direction = torch.zeros_like(right), right.clone()
     residual = right
     size = _inner(residual, residual)
     # Past this point the remainder is rounding error, and further steps would divide by it.
     negligible = size * (8 * torch.finfo(right.dtype).eps) ** 2
-    negligible = torch.where(floor > 0, negligible, math.inf)
-    for step in range(steps):
+    for _ in range(steps):
         image = operator(direction)
         active = size > negligible
-        curvature = torch.maximum(_inner(direction, image), floor * size)
-        alpha = torch.where(active, size / curvature, 0)
+        alpha = torch.where(active, size / _inner(direction, image), 0)
         solution.addcmul_(direction, alpha)
-        if step == steps - 1:
-            break
         residual.addcmul_(image, alpha, value=-1)
         before, size = size, _inner(residual, residual)
         beta = torch.where(active, size / before, 0)
         torch.addcmul(residual, direction, beta, out=direction)
-    return solution
+    # One more step, as long as the last: no product, and nearly as good as one of its own length.
+    return solution.addcmul_(direction, alpha)
 
 
 def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
@@ -168,8 +166,9 @@ def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
             change.add_(_plus_adjoint(product, planes), alpha=c)
         left = _left(factor, planes)
         tangent = torch.baddbmm(tangent, left, tangent, beta=a)
-        tangent.baddbmm_(_left(change, planes), stack)
-        stack = torch.baddbmm(stack, left, stack, beta=a)
+        tangent = torch.baddbmm(tangent, _left(change, planes), stack)
+        if number + 1 < len(schedule):
+            stack = torch.baddbmm(stack, left, stack, beta=a)
     return tangent.view(batch, planes, m, n)
 
 

@@ -20,9 +20,6 @@ _LAUNCHERS = {
 def _forward(
     x: Tensor, schedule: str, derivative: str, steps: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    w, residual = _forward_fake(x, schedule, derivative, steps, backend)
-    if x.numel() == 0:
-        return w, residual.zero_()
     with _without_autocast(x):
         table = coefficients(schedule, x.dtype == torch.float64)
         return _launcher(backend).polar_forward(x.contiguous(), table)
@@ -37,8 +34,6 @@ def _backward(
     steps: int,
     backend: str,
 ) -> Tensor:
-    if x.numel() == 0:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
     grad, x = grad.contiguous(), x.contiguous()
     with _without_autocast(x):
         if w is None:
