@@ -70,9 +70,9 @@ def _forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """X = x / sqrt(nu), S = X X^H and S^2 as stacks, and sqrt(nu) (B, 1, 1).
+    """X = x / nu, S = X X^H and S^2 as stacks, and nu (B, 1, 1).
 
-    nu = min(||(x x^H)^2||_F, ||(x x^H)^2||_inf)^(1/2) (1 + 1e-5) >= sigma_max(x)^2.
+    nu^2 = min(||(x x^H)^2||_F, ||(x x^H)^2||_inf)^(1/2) (1 + 1e-5) >= sigma_max(x)^2.
     """
     batch, planes, m, n = x.shape
     scale = _largest(x)
@@ -82,13 +82,13 @@ def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     moduli = square.view(batch, planes, m, m).square().sum(1)
     frobenius = moduli.sum((1, 2)).sqrt()
     rows = moduli.sqrt_().sum(2).amax(1)
-    nu = torch.minimum(frobenius, rows).sqrt() * (1 + 1e-5)
+    bound = torch.minimum(frobenius, rows).sqrt() * (1 + 1e-5)
     # at least 1 after the division by the largest entry, unless x is 0
-    nu = nu.clamp_min(0.5)[:, None, None]
-    stack *= nu.rsqrt()
-    gram /= nu
-    square /= nu * nu
-    return stack, gram, square, scale * nu.sqrt()
+    bound = bound.clamp_min(0.5)[:, None, None]
+    stack *= bound.rsqrt()
+    gram /= bound
+    square /= bound * bound
+    return stack, gram, square, scale * bound.sqrt()
 
 
 def _last_step(stack: Tensor, planes: int, step: Step) -> tuple[Tensor, Tensor]:
