@@ -9,6 +9,7 @@
 #include <omp.h>
 #endif
 
+#include "aol_rescale.h"
 #include "gram_bound.h"
 #include "maxmin.h"
 
@@ -50,6 +51,20 @@ GramBoundParams gram_bound_params(uintptr_t taps, uintptr_t a, uintptr_t q, uint
           address<int8_t>(signs), address<void>(out), batch, channels, depth, kh, kw, is_double};
 }
 
+AolRescaleParams aol_rescale_params(uintptr_t weight, uintptr_t r, uintptr_t scaled,
+                                    uintptr_t grad_weight, uintptr_t partial, int64_t n,
+                                    int64_t rows, int64_t channels, int64_t taps,
+                                    bool channels_last, bool is_double, int dtype) {
+  check(n >= 0 && rows >= 0 && channels >= 0 && taps >= 0,
+        "aol_rescale: sizes must not be negative");
+  check(dtype >= 0 && dtype <= 3, "aol_rescale: dtype must be 0 to 3, got " + std::to_string(dtype));
+  const bool empty = n * rows * channels * taps == 0;
+  check(empty || (weight && r && scaled), "aol_rescale: weight, r and scaled must not be null");
+  return {address<const void>(weight), address<const void>(r), address<void>(scaled),
+          address<void>(grad_weight), address<void>(partial), n, rows, channels, taps,
+          channels_last, is_double, static_cast<DType>(dtype)};
+}
+
 int openmp_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -89,6 +104,13 @@ PYBIND11_MODULE(_C, m) {
     gram_bound_backward_cpu(params, matrix);
   }, no_gil);
 
+  py::class_<AolRescaleParams>(m, "AolRescaleParams")
+      .def(py::init(&aol_rescale_params), py::arg("weight"), py::arg("r"), py::arg("scaled"),
+           py::arg("grad_weight"), py::arg("partial"), py::arg("n"), py::arg("rows"),
+           py::arg("channels"), py::arg("taps"), py::arg("channels_last"), py::arg("is_double"),
+           py::arg("dtype"));
+  m.attr("aol_rescale_rows") = kAolRescaleRows;
+
 #if defined(LIPFAST_CUDA_ARCHS)
   m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;
   m.attr("cuda_version") = LIPFAST_CUDA_VERSION;
@@ -106,6 +128,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("gram_bound_backward_cuda", [](const GramBoundParams& params, uintptr_t stream) {
     check(params.taps && params.a, "gram_bound: taps and a must not be null");
     gram_bound_backward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("aol_rescale_forward_cuda", [](const AolRescaleParams& params, uintptr_t stream) {
+    aol_rescale_forward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("aol_rescale_backward_cuda", [](const AolRescaleParams& params, uintptr_t stream) {
+    check(params.grad_weight && params.partial,
+          "aol_rescale: grad_weight and partial must not be null");
+    aol_rescale_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
 #else
   m.attr("cuda_archs") = "";

@@ -187,7 +187,11 @@ class LipschitzModule(nn.Module):
         with no_autocast(self.weight):
             self._check_finite(on_device=False)
             weights = self._training_weights(map_size)
-        if _is_autocast(x):
+        return self._for_input(x, weights)
+
+    def _for_input(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The training weights in the form in which the layer meets x with them."""
+        if is_autocast(x):
             return weights
         return tuple(weight.to(self._weight_dtype(x.dtype)) for weight in weights)
 
@@ -257,7 +261,7 @@ class LipschitzModule(nn.Module):
             )
         if x.dtype == self.weight.dtype:
             return
-        if not (x.is_floating_point() and x.dtype != torch.float64 and _is_autocast(x)):
+        if not (x.is_floating_point() and x.dtype != torch.float64 and is_autocast(x)):
             raise TypeError(
                 f"input: expected dtype {self.weight.dtype} as the weight (or autocast), "
                 f"got {x.dtype}"
@@ -271,7 +275,8 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
-def _is_autocast(x: Tensor) -> bool:
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
