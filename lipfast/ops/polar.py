@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lipfast import backends, reference
-from lipfast.ops import polar_op  # noqa: F401, registers torch.ops.lipfast.polar
+from lipfast.ops import polar_op
 from lipfast.ops.polar_schedules import SCHEDULES
 
 _REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -104,7 +104,8 @@ def polar(
     Bowie, SIAM J. Numer. Anal. 8 (1971).
     """
     _check(matrix, planar, ridge, schedule, derivative, steps, form)
-    chosen = backends.choose("polar", matrix, backend=backend)
+    with_ridge = isinstance(ridge, Tensor) or ridge != 0
+    chosen = backends.choose("polar", matrix, planar, with_ridge, backend=backend)
     if matrix.dtype.itemsize < 4:
         w, residual = _polar(
             matrix.float(), planar, ridge, schedule, derivative, steps, form, chosen
@@ -168,19 +169,24 @@ def _check_ridge(ridge: float | Tensor, matrix: Tensor) -> None:
         raise ValueError(f"polar: ridge must be finite and at least 0, got {ridge!r}")
 
 
-def _triton_can_run(matrix: Tensor) -> str | None:
+def _triton_can_run(matrix: Tensor, planar: bool = False, ridge: bool = False) -> str | None:
     if matrix.dtype in (torch.float64, torch.complex128):
         return f"it computes in float32, and matrix has {str(matrix.dtype).removeprefix('torch.')}"
     return backends.triton_can_run(matrix)
+
+
+def _cuda_can_run(matrix: Tensor, planar: bool = False, ridge: bool = False) -> str | None:
+    reason = backends.cuda_can_run(matrix)
+    return reason or polar_op.launcher("cuda").can_run(matrix, planar=planar, ridge=ridge)
 
 
 backends.register(
     "polar",
     {
         "triton": _triton_can_run,
-        "cuda": backends.cuda_can_run,
-        "torch": lambda matrix: None,
-        "reference": lambda matrix: None,
+        "cuda": _cuda_can_run,
+        "torch": lambda *_: None,
+        "reference": lambda *_: None,
     },
 )
 

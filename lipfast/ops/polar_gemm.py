@@ -5,7 +5,6 @@ stack of its planes, (B, P m, n). A square factor on the left takes its real for
 (2m, 2m) matrix [[Re, -Im], [Im, Re]], whose first m columns are its stack.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,16 +56,17 @@ def _in_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) ->
 def _forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
     planes = x.shape[1]
     stack, gram, square, _ = _normalised(x)
-    for number, (a, b, c) in enumerate(schedule[:-1]):
-        if number:
-            gram = _gram(stack, planes)
+    (a, b, c), *steps, last = schedule
+    left = _left(gram.mul_(b).add_(square, alpha=c), planes)
+    stack = torch.baddbmm(stack, left, stack, beta=a)
+    for a, b, c in steps:
+        gram = _gram(stack, planes)
         left = _left(gram, planes)
         if c:
-            square = torch.bmm(left, gram) if number else square
-            left = _left(gram.mul_(b).add_(square, alpha=c), planes)
+            left = _left(torch.baddbmm(gram, left, gram, beta=b, alpha=c), planes)
             b = 1.0
         stack = torch.baddbmm(stack, left, stack, beta=a, alpha=b)
-    return _last_step(stack, planes, schedule[-1])
+    return _last_step(stack, planes, last)
 
 
 def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -174,7 +174,8 @@ def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
 
 def _largest(x: Tensor) -> Tensor:
     """Largest entry of each matrix, (B, 1, 1), and 1 for a zero matrix."""
-    largest = torch.linalg.vector_norm(x, math.inf, dim=(1, 2, 3))[:, None, None]
+    # a tenth of the time of torch.linalg.vector_norm(x, inf) on a CPU
+    largest = x.abs().amax((1, 2, 3))[:, None, None]
     return largest + (largest == 0)
 
 

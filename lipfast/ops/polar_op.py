@@ -22,7 +22,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     with _without_autocast(x):
         table = coefficients(schedule, x.dtype == torch.float64)
-        return _launcher(backend).polar_forward(x.contiguous(), table)
+        return launcher(backend).polar_forward(x.contiguous(), table)
 
 
 def _backward(
@@ -38,7 +38,7 @@ def _backward(
     with _without_autocast(x):
         if w is None:
             return polar_gemm.polar_jvp(grad, x, coefficients(schedule, x.dtype == torch.float64))
-        return _launcher(backend).polar_backward(grad, x, w, steps)
+        return launcher(backend).polar_backward(grad, x, w, steps)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
@@ -47,7 +47,8 @@ def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _launcher(backend: str) -> Any:
+def launcher(backend: str) -> Any:
+    """Return the module with this backend's polar_forward and polar_backward."""
     return importlib.import_module(_LAUNCHERS[backend])
 
 
