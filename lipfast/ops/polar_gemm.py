@@ -55,7 +55,7 @@ def _in_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) ->
 
 def _forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
     planes = x.shape[1]
-    stack, gram, square, _ = _normalised(x)
+    stack, gram, square, _, _ = _normalised(x)
     (a, b, c), *steps, last = schedule
     left = _left(gram.mul_(b).add_(square, alpha=c), planes)
     stack = torch.baddbmm(stack, left, stack, beta=a)
@@ -69,10 +69,11 @@ def _forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
     return _last_step(stack, planes, last)
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """X = x / nu, S = X X^H and S^2 as stacks, and nu (B, 1, 1).
+def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """X = x / (scale nu), S = X X^H and S^2 as stacks, nu and scale (B, 1, 1).
 
-    nu^2 = min(||(x x^H)^2||_F, ||(x x^H)^2||_inf)^(1/2) (1 + 1e-5) >= sigma_max(x)^2.
+    scale is the largest entry of x, and with G = x x^H / scale^2
+    nu^2 = min(||G^2||_F, ||G^2||_inf)^(1/2) (1 + 1e-5) >= norm_2(G).
     """
     batch, planes, m, n = x.shape
     scale = _largest(x)
@@ -88,7 +89,7 @@ def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stack *= bound.rsqrt()
     gram /= bound
     square /= bound * bound
-    return stack, gram, square, scale * bound.sqrt()
+    return stack, gram, square, bound.sqrt(), scale
 
 
 def _last_step(stack: Tensor, planes: int, step: Step) -> tuple[Tensor, Tensor]:
@@ -126,7 +127,8 @@ def _implicit(grad: Tensor, x: Tensor, w: Tensor, steps: int) -> Tensor:
     if m < n:
         rest = torch.baddbmm(grad, _left(inner, planes), w, alpha=-1)
         out += _conjugate_gradients(lambda p: torch.bmm(left, p), rest, steps)
-    return out.mul_(size / scale).view(batch, planes, m, n)
+    factor = (size / scale).clamp_max(torch.finfo(x.dtype).max)  # 0 stays 0
+    return out.mul_(factor).view(batch, planes, m, n)
 
 
 def _conjugate_gradients(operator: Callable[[Tensor], Tensor], right: Tensor, steps: int) -> Tensor:
@@ -152,7 +154,7 @@ def _conjugate_gradients(operator: Callable[[Tensor], Tensor], right: Tensor, st
 def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
     """Push (X, D) through the schedule, D = grad at the start; the normaliser is a constant."""
     batch, planes, m, n = x.shape
-    stack, gram, square, norm = _normalised(x)
+    stack, gram, square, norm, scale = _normalised(x)
     tangent = grad.view(stack.shape) / norm
     for number, (a, b, c) in enumerate(schedule):
         if number:
@@ -169,7 +171,7 @@ def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
         tangent = torch.baddbmm(tangent, _left(change, planes), stack)
         if number + 1 < len(schedule):
             stack = torch.baddbmm(stack, left, stack, beta=a)
-    return tangent.view(batch, planes, m, n)
+    return (tangent / scale).view(batch, planes, m, n)
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -257,12 +259,15 @@ def _rounds_products(x: Tensor) -> bool:
 
 
 def _exact_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """A float32 product to float32's accuracy where single products read TF32 operands."""
-    if not a.is_cuda:
-        return torch.bmm(a.double(), b.double()).float()
+    """A float32 product to float32's accuracy, whatever PyTorch's settings are."""
+    return _split_bmm(a, b) if a.is_cuda else torch.bmm(a.double(), b.double()).float()
+
+
+def _split_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """A float32 product from products that read TF32 operands."""
     (a_high, a_low), (b_high, b_low) = _split(a), _split(b)
     low = torch.baddbmm(torch.bmm(a_high, b_low), a_low, b_high)
-    return low.baddbmm_(a_high, b_high)
+    return torch.baddbmm(low, a_high, b_high)
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,25 @@ def test_zero_matrices(shape, dtype, derivative_form):
     assert torch.autograd.grad(w, v, torch.ones_like(w))[0].isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 1e38])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("derivative_form", ["cg", "jvp"])
+def test_extreme_scales(derivative_form, size, scale):
+    """W does not depend on the scale; the gradient divides by it, and may overflow to Inf."""
+    v = torch.tril(torch.rand(3, 3, 4)) + 1
+    grad = size * torch.randn(3, 3, 4)
+    results = []
+    for factor in (1.0, scale):
+        x = (factor * v).requires_grad_()
+        w = polar(x, derivative=derivative_form, schedule="55555nn")
+        results += [w.detach(), *torch.autograd.grad(w, x, grad)]
+    w, gradient, scaled_w, scaled = results
+    torch.testing.assert_close(scaled_w, w, rtol=0, atol=1e-3 if scale == 1e-40 else 1e-5)
+    assert not scaled.isnan().any()
+    if 1e-35 < size / scale < 1e35:
+        torch.testing.assert_close(scale * scaled / size, gradient / size, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("shape", [(3, 4, 4), (3, 5, 2)])
 def test_not_finite_shows_in_its_own_matrix(shape, bad):
@@ -157,6 +176,20 @@ def test_split_is_exact_in_two_short_parts():
     assert torch.equal(high + low, x)
     assert not (high.view(torch.int32) & 0x1FFF).any()  # TF32 keeps 10 bits after the point
     assert (low.abs() <= 2.0**-11 * x.abs()).all()
+
+
+def test_split_products_survive_tf32(monkeypatch):
+    def cut(x: Tensor) -> Tensor:
+        return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    bmm, baddbmm = torch.bmm, torch.baddbmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: bmm(cut(a), cut(b)))
+    monkeypatch.setattr(torch, "baddbmm", lambda c, a, b: baddbmm(c, cut(a), cut(b)))
+    a, b = torch.randn(2, 50, 60), torch.randn(2, 60, 40)
+    exact = a.double() @ b.double()
+    errors = [(f(a, b) - exact).norm() / exact.norm() for f in (torch.bmm, polar_gemm._split_bmm)]
+    assert errors[0] > 1e-4
+    assert errors[1] < 2 * (bmm(a, b) - exact).norm() / exact.norm() + 1e-7
 
 
 @pytest.mark.gpu
