@@ -3,7 +3,6 @@
 #include "cuda_on_cpu.h"
 
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -26,23 +25,6 @@ using Half = __half;
 #else
 using Half = _Float16;
 #endif
-
-// bfloat16 by its bits: the upper half of a float, rounded to nearest, ties to even.
-struct BFloat16 {
-  __device__ explicit BFloat16(float value) {
-    uint32_t wide;
-    memcpy(&wide, &value, sizeof(wide));
-    const bool is_nan = value != value;
-    bits = is_nan ? uint16_t(0x7fff) : uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
-  }
-  __device__ explicit operator float() const {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    memcpy(&value, &wide, sizeof(value));
-    return value;
-  }
-  uint16_t bits;
-};
 
 // Short dtypes convert from and to float only.
 template <typename S>
@@ -154,8 +136,8 @@ Kernel choose(bool forward, DType dtype) {
     case DType::kFloat32:
       return forward ? aol_rescale_forward_kernel<T, float> : aol_rescale_backward_kernel<T, float>;
     case DType::kBFloat16:
-      return forward ? aol_rescale_forward_kernel<T, BFloat16>
-                     : aol_rescale_backward_kernel<T, BFloat16>;
+      return forward ? aol_rescale_forward_kernel<T, RoundedBFloat16>
+                     : aol_rescale_backward_kernel<T, RoundedBFloat16>;
     case DType::kFloat16:
       return forward ? aol_rescale_forward_kernel<T, Half> : aol_rescale_backward_kernel<T, Half>;
   }

@@ -110,6 +110,12 @@ PYBIND11_MODULE(_C, m) {
            py::arg("channels"), py::arg("taps"), py::arg("channels_last"), py::arg("is_double"),
            py::arg("dtype"));
   m.attr("aol_rescale_rows") = kAolRescaleRows;
+  m.def("aol_rescale_forward_cpu", &aol_rescale_forward_cpu, no_gil);
+  m.def("aol_rescale_backward_cpu", [](const AolRescaleParams& params) {
+    check(params.grad_weight && params.partial,
+          "aol_rescale: grad_weight and partial must not be null");
+    aol_rescale_backward_cpu(params);
+  }, no_gil);
 
 #if defined(LIPFAST_CUDA_ARCHS)
   m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;

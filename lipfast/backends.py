@@ -45,7 +45,7 @@ _FASTEST: dict[str, tuple[_Rule, ...]] = {
     "fourier_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     "block_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     # the Triton and CUDA kernels have not been timed on a GPU yet
-    "aol_rescale": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
+    "aol_rescale": (_Rule("cpu", 0, ("cpp", "torch")), _Rule("cuda", 0, ("torch",))),
     "gram_bound": (_Rule("cpu", 0, ("cpp", "torch")), _Rule("cuda", 0, ("torch",))),
     "maxmin": (_Rule("cpu", 0, ("cpp",)), _Rule("cuda", 0, ("triton", "cuda"))),
     "polar": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),

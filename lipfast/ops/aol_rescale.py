@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
-from lipfast.ops import aol_rescale_cuda, aol_rescale_torch
+from lipfast.ops import aol_rescale_extension, aol_rescale_torch
 from lipfast.reference.gram_bound import inverse_or_zero
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -34,8 +34,8 @@ def aol_rescale(
         groups: of the convolution.
         dtype: of the result, float64, float32, bfloat16 or float16; that of weight by default.
         channels_last: whether memory holds (out, kh, kw, in / groups).
-        backend: "triton" (float32), "cuda", "torch" or "reference"; None takes the forced backend
-            (`lipfast.set_backend`), or else the fastest that can run.
+        backend: "triton" (float32), "cuda", "cpp" (no float16), "torch" or "reference"; None takes
+            the forced backend (`lipfast.set_backend`), or else the fastest that can run.
 
     Returns:
         The scaled kernel, shape and device of weight.
@@ -50,11 +50,11 @@ def aol_rescale(
     networks", ECCV 2022, theorem 2.
     """
     dtype = _check(weight, r, groups, dtype)
-    chosen = backends.choose("aol_rescale", weight, backend=backend)
+    chosen = backends.choose("aol_rescale", weight, dtype, backend=backend)
     if chosen == "reference":
         return _published(weight, r, groups, dtype, channels_last)
     plain = type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    if plain and chosen == "torch":
+    if plain and chosen in ("cpp", "torch"):
         # A small kernel would spend more time in the registered op's dispatch than on its numbers.
         return _Eager.apply(weight, r, groups, dtype, channels_last, chosen)
     return torch.ops.lipfast.aol_rescale(weight, r, groups, dtype, channels_last, chosen)
@@ -99,10 +99,16 @@ def _check(weight: Tensor, r: Tensor, groups: int, dtype: torch.dtype | None) ->
     return weight.dtype if dtype is None else dtype
 
 
-def _triton_can_run(weight: Tensor) -> str | None:
+def _triton_can_run(weight: Tensor, dtype: torch.dtype) -> str | None:
     if weight.dtype == torch.float64:
         return "it computes in float32, and weight has float64"
     return backends.triton_can_run(weight)
+
+
+def _cpp_can_run(weight: Tensor, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float16:
+        return "it has no float16"
+    return backends.cpp_can_run(weight)
 
 
 backends.register(
@@ -110,8 +116,9 @@ backends.register(
     {
         "triton": _triton_can_run,
         "cuda": backends.cuda_can_run,
-        "torch": lambda weight: None,
-        "reference": lambda weight: None,
+        "cpp": _cpp_can_run,
+        "torch": lambda weight, dtype: None,
+        "reference": lambda weight, dtype: None,
     },
 )
 
@@ -141,17 +148,22 @@ def _launcher(backend: str):  # type: ignore[no-untyped-def]
         from lipfast.kernels import aol_rescale as triton_aol_rescale
 
         return triton_aol_rescale
-    return aol_rescale_torch if backend == "torch" else aol_rescale_cuda
+    return aol_rescale_torch
 
 
 def _forward(
     weight: Tensor, r: Tensor, groups: int, dtype: torch.dtype, channels_last: bool, backend: str
 ) -> Tensor:
     out = _forward_fake(weight, r, groups, dtype, channels_last, backend)
-    if out.numel():
-        kernels = _blocks(weight, groups).contiguous()
-        rows = r.reshape(len(kernels), -1).contiguous()
-        _launcher(backend).aol_rescale_forward(kernels, rows, _blocks(out, groups))
+    if out.numel() == 0:
+        return out
+    weight, r = weight.contiguous(), r.contiguous()
+    if backend in ("cpp", "cuda"):
+        turned = channels_last and weight.dim() >= 4
+        aol_rescale_extension.aol_rescale_forward(weight, r, out, groups, channels_last=turned)
+    else:
+        kernels, target = _blocks(weight, groups), _blocks(out, groups)
+        _launcher(backend).aol_rescale_forward(kernels, r.view(len(kernels), -1), target)
     return out
 
 
@@ -161,9 +173,12 @@ def _backward(
     grad_weight, grad_r = _backward_fake(grad, weight, r, groups, backend)
     if weight.numel() == 0:
         return grad_weight, grad_r.zero_()
-    kernels = _blocks(weight, groups).contiguous()
-    rows = r.reshape(len(kernels), -1).contiguous()
-    out = _blocks(grad_weight, groups)
+    weight, r = weight.contiguous(), r.contiguous()
+    if backend in ("cpp", "cuda"):
+        aol_rescale_extension.aol_rescale_backward(grad, weight, r, grad_weight, grad_r, groups)
+        return grad_weight, grad_r
+    kernels, out = _blocks(weight, groups), _blocks(grad_weight, groups)
+    rows = r.view(len(kernels), -1)
     sums = _launcher(backend).aol_rescale_backward(_blocks(grad, groups), kernels, rows, out)
     return grad_weight, torch.where(rows > 0, sums / (-2 * rows), 0).view(r.shape)
 

@@ -14,7 +14,9 @@ OP = torch.ops.lipfast.aol_rescale.default
 BACKWARD_OP = torch.ops.lipfast.aol_rescale_backward.default
 SHAPES = [((1, 1, 1, 1), 1), ((5, 3, 3, 3), 1), ((6, 2, 3, 2), 3), ((4, 7), 2), ((3, 4, 5), 1)]
 SHAPES += [((2, 6, 2, 1, 7), 3), ((4, 1, 3, 3), 4), ((17, 33, 3, 3), 1), ((3, 130, 1, 1), 1)]
-BACKENDS = ["torch", "reference"]
+NO_CPP = backends.cpp_can_run(torch.empty(0)) is not None
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(NO_CPP, reason="lipfast._C is not built"))
+BACKENDS = [CPP, "torch", "reference"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -65,6 +67,8 @@ def test_equals_the_definition(shape, groups, channels_last, backend, poisoned_e
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weight_dtype", DTYPES[:2])
 def test_casts_once(weight_dtype, dtype, backend):
+    if (backend, dtype) == ("cpp", torch.float16):
+        pytest.skip("cpp has no float16")
     weight, r = (t.detach().to(weight_dtype).requires_grad_() for t in draw((9, 6, 3, 3)))
     out = aol_rescale(weight, r, dtype=dtype, channels_last=True, backend=backend)
     assert out.dtype == dtype
@@ -104,10 +108,11 @@ def test_is_zero_without_a_bound(backend):
     ],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_any_memory_of_weight_and_gradient(memory_format, grad):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_memory_of_weight_and_gradient(backend, memory_format, grad):
     weight, r = draw((5, 4, 3, 3))
     other = weight.detach().to(memory_format=memory_format).requires_grad_()
-    ours = torch.autograd.grad(aol_rescale(other, r), (other, r), grad)
+    ours = torch.autograd.grad(aol_rescale(other, r, backend=backend), (other, r), grad)
     theirs = torch.autograd.grad(definition(weight, r, 1), (weight, r), grad)
     torch.testing.assert_close(ours, theirs)
 
@@ -137,13 +142,14 @@ def test_second_derivative_is_refused():
     assert torch.autograd.gradgradcheck(reference, (weight, r))
 
 
+@pytest.mark.parametrize("backend", [CPP, "torch"])
 @pytest.mark.parametrize(("shape", "groups"), [SHAPES[2], SHAPES[3], ((0, 3, 3, 3), 1)])
-def test_registration(shape, groups):
+def test_registration(shape, groups, backend):
     weight, r = draw(shape, groups)
-    torch.library.opcheck(OP, (weight, r, groups, torch.float64, True, "torch"))
+    torch.library.opcheck(OP, (weight, r, groups, torch.float64, True, backend))
     single = [t.detach().float().requires_grad_() for t in (weight, r)]
-    torch.library.opcheck(OP, (*single, groups, torch.bfloat16, False, "torch"))
-    arguments = (torch.ones_like(weight), weight.detach(), r.detach(), groups, "torch")
+    torch.library.opcheck(OP, (*single, groups, torch.bfloat16, False, backend))
+    arguments = (torch.ones_like(weight), weight.detach(), r.detach(), groups, backend)
     torch.library.opcheck(BACKWARD_OP, arguments)
 
 
@@ -182,9 +188,18 @@ def test_is_deterministic():
         assert all(map(torch.equal, runs[0], other))
 
 
-def test_chooses_torch_and_obeys():
+@pytest.mark.skipif(NO_CPP, reason="lipfast._C is not built")
+def test_rounds_to_bfloat16_as_torch_does():
+    weight = torch.tensor([float("nan"), float("inf"), 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1e-40])
+    out = aol_rescale(weight[None], torch.ones(7), dtype=torch.bfloat16, backend="cpp")
+    torch.testing.assert_close(out[0], weight.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_chooses_the_fast_path_and_obeys():
     weight, r = (t.detach() for t in draw((3, 4, 3, 3)))
-    assert backends.choose("aol_rescale", weight) == "torch"
+    assert backends.choose("aol_rescale", weight, torch.float16) == "torch"
+    chosen = backends.choose("aol_rescale", weight, torch.bfloat16)
+    assert chosen == ("torch" if NO_CPP else "cpp")
     with lipfast.backend("reference"):
         torch.testing.assert_close(aol_rescale(weight, r), aol_rescale(weight, r, backend="torch"))
 
@@ -208,7 +223,11 @@ BAD_INPUTS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: aol_rescale(one(3, 2), one(2), groups=1.0), ValueError, "must divide .* got 1.0"),
     (lambda: aol_rescale(one(3, 2), one(3)), ValueError, r"r must have the shape \(2,\), got"),
     (lambda: aol_rescale(one(2, 2), torch.ones(2, device="meta")), ValueError, "device cpu of"),
-    (lambda: aol_rescale(one(2, 2), one(2), backend="cpp"), ValueError, "has only the backends"),
+    (
+        lambda: aol_rescale(one(2, 2), one(2), dtype=torch.float16, backend="cpp"),
+        ValueError,
+        "'cpp' cannot run: it has no float16",
+    ),
     (lambda: aol_rescale(one(2, 2), one(2), backend="cuda"), ValueError, "'cuda' cannot run"),
     (
         lambda: aol_rescale(one(2, 2).double(), one(2).double(), backend="triton"),
