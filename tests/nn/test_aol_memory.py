@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+import lipfast
+from lipfast import backends
 from lipfast import nn as lnn
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -61,3 +63,20 @@ def test_linear_layers_of_any_rank(shape):
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert layer(x).shape == (*shape[:-1], 3)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch", "reference"])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_forced_backends_agree(memory_format, backend):
+    if backend == "cpp" and backends.cpp_can_run(torch.empty(0)) is not None:
+        pytest.skip("lipfast._C is not built")
+    torch.manual_seed(0)
+    layer = lnn.AOLConv2d(6, 4, (3, 5), groups=2)
+    x = torch.randn(2, 6, 7, 5).to(memory_format=memory_format)
+    expected = layer(x)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), layer.weight)
+    with lipfast.backend(backend):
+        y = layer(x)
+        torch.testing.assert_close(y, expected)
+        ours = torch.autograd.grad(y.square().sum(), layer.weight)
+    torch.testing.assert_close(ours[0], gradient, rtol=1e-4, atol=1e-5)
