@@ -123,6 +123,12 @@ def test_extreme_scales(derivative_form, size, scale):
     w, gradient, scaled_w, scaled = results
     torch.testing.assert_close(scaled_w, w, rtol=0, atol=1e-3 if scale == 1e-40 else 1e-5)
     assert not scaled.isnan().any()
+    number = torch.full((1, 1), scale, requires_grad=True)
+    w = polar(number, derivative=derivative_form)
+    (flat,) = torch.autograd.grad(w, number, torch.full((1, 1), size))
+    assert not flat.isnan().any()
+    if derivative_form == "cg":
+        assert flat == 0
     if 1e-35 < size / scale < 1e35:
         torch.testing.assert_close(scale * scaled / size, gradient / size, rtol=1e-3, atol=1e-3)
 
