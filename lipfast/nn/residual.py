@@ -155,7 +155,7 @@ class _SLL(ResidualModule):
 class CPLConv2d(_CPL, LipschitzConv2d):
     """Convex potential layer x - (2 / norm_2(W)^2) W^T relu(W x + b) (Meunier et al. 2022).
 
-    In training the norm is estimated by one step of a power iteration whose start vector is a
+    In training the norm is estimated by one step of `lipfast.ops.conv_norm` from a vector that is a
     buffer, on the input's map or its first 32 x 32 pixels: a lower bound, so that the layer is only
     about 1-Lipschitz there. Inside torch.func transforms the buffer is read and not written. In
     evaluation mode the norm is a proved upper bound for the map at hand, 1e-4 above it on maps that

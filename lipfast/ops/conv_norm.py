@@ -1,4 +1,4 @@
-"""Estimates of a convolution's spectral norm by a power iteration that never starts anew."""
+"""Estimates of a convolution's spectral norm by an iteration that never starts anew."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -24,13 +24,14 @@ def conv_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return an estimate of the norm of a same-size convolution, and the next start vector.
 
-    Power iteration v <- W^T W v / norm(W^T W v) from `vector`, then norm(W v), W the convolution
-    with `kernel` on maps of the size of `vector`. Called once in every training step with the last
-    call's vector it follows the norm of slowly changing weights. The estimate never exceeds the
-    norm and may lie far below it: it proves nothing. Differentiable in the kernel, once, with the
-    vector held constant (exact at convergence); the backward pass keeps the two vectors and is one
-    weight gradient of a convolution. Nothing is read on the host. A vector that W maps to 0, or
-    that is not finite, is replaced by a fixed one. Derivation: docs/math/conv_norm.md.
+    Each step takes the unit vector v with the longest image W v in the plane of the last one and of
+    W^T W v, W the convolution with `kernel` on maps of the size of `vector`: a power iteration that
+    keeps the best combination. Called once in every training step with the last call's vector it
+    follows the norm of slowly changing weights. The estimate never exceeds the norm and may lie far
+    below it: it proves nothing. Differentiable in the kernel, once, with the vector held constant
+    (exact at convergence); the backward pass keeps the two vectors and is one weight gradient of a
+    convolution. Nothing is read on the host. A vector that is 0 or not finite is replaced by a
+    fixed one. Derivation: docs/math/conv_norm.md.
 
     Args:
         kernel: (out, in, kh, kw), odd kh and kw, or several in (batch, ...), which run in one
@@ -38,8 +39,8 @@ def conv_norm(
         vector: (1, in, h, w), or (batch, in, h, w), of any length; dtype and device of kernel.
         padding_mode: "zeros" or "circular".
         steps: number of iterations, at least 1.
-        backend: "torch", or "reference", the published form with torch's derivative; None takes
-            the forced backend (`lipfast.set_backend`), or else "torch" where it can run.
+        backend: "torch", or "reference", the published power iteration with torch's derivative;
+            None takes the forced backend (`lipfast.set_backend`), or else "torch".
 
     Returns:
         norm without axes, or (batch,), and the new vector, without graph, shaped as `vector`.
@@ -60,6 +61,8 @@ def conv_norm(
         kernel, vector = kernel.float(), vector.float()
     if chosen == "reference":
         norm, image = _published(kernel, vector, padding_mode, steps)
+    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        norm, image = _transformable(kernel, vector, padding_mode, steps)
     else:
         norm, image, _ = torch.ops.lipfast.conv_norm(kernel, vector, padding_mode, steps)
     return norm.to(dtype), image.detach().to(dtype)
@@ -102,15 +105,7 @@ def _check(kernel: Tensor, vector: Tensor, padding_mode: str, steps: int) -> Non
         raise ValueError(f"conv_norm: steps must be an integer of at least 1, got {steps!r}")
 
 
-def _can_run(kernel: Tensor, *others: Tensor) -> str | None:
-    if torch.compiler.is_compiling():
-        return None
-    if torch._C._are_functorch_transforms_active():
-        return "the transforms of torch.func need the backend 'reference'"
-    return None
-
-
-backends.register("conv_norm", {"torch": _can_run, "reference": lambda *tensors: None})
+backends.register("conv_norm", {"torch": lambda *x: None, "reference": lambda *x: None})
 
 
 def _published(
@@ -130,7 +125,7 @@ def _published(
 def _forward(
     kernel: Tensor, vector: Tensor, padding_mode: str, steps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norm, v and W v / norm(W v), or 0 where W v is 0."""
+    """Return the norm, v and W v / norm(W v), or 0 where W v is 0. One W and W^T for each step."""
     if kernel.numel() == 0:
         return tuple(x.zero_() for x in _forward_fake(kernel, vector, padding_mode, steps))  # type: ignore[return-value]
     kernels = kernel if kernel.dim() == 5 else kernel[None]
@@ -138,12 +133,40 @@ def _forward(
     other, _ = _unit(index.cos().view(1, *vector.shape[1:]))
     with _without_autocast(kernel):
         vector, length = _unit(vector)
-        for _ in range(steps):
-            image, _ = _unit(_convolve(vector, kernels, padding_mode))
-            vector, length = _unit(_convolve_adjoint(image, kernels, padding_mode))
-            vector = torch.where((length > 0) & length.isfinite(), vector, other)
+        vector = torch.where((length > 0) & length.isfinite(), vector, other)
         image, norm = _unit(_convolve(vector, kernels, padding_mode))
+        for _ in range(steps):
+            ascent = _convolve_adjoint(image, kernels, padding_mode)
+            ascent = _orthogonal(ascent, vector, other)
+            step, length = _unit(_convolve(ascent, kernels, padding_mode))
+            larger = torch.maximum(norm, length)
+            first, second = (t / torch.where(larger > 0, larger, 1) for t in (norm, length))
+            both = first * second * (image * step).sum(dim=(1, 2, 3), keepdim=True)
+            angle = torch.atan2(2 * both, first**2 - second**2) / 2  # of the longest image
+            vector, length = _unit(angle.cos() * vector + angle.sin() * ascent)
+            image, norm = _unit(angle.cos() * first * image + angle.sin() * second * step)
+            norm = norm * larger / length
+        vector = torch.where(norm.isfinite(), vector, other)
     return norm.flatten()[0] if kernel.dim() == 4 else norm.flatten(), vector, image
+
+
+def _orthogonal(x: Tensor, vector: Tensor, other: Tensor) -> Tensor:
+    """The unit vector of x, or of `other` where x is along `vector`, less its part along it."""
+    for _ in range(2):  # the first difference may be rounding and nothing else
+        x, length = _unit(x)
+        x = torch.where(length > 0, x, other)
+        x = x - (x * vector).sum(dim=(1, 2, 3), keepdim=True) * vector
+    return _unit(x)[0]
+
+
+def _transformable(
+    kernel: Tensor, vector: Tensor, padding_mode: str, steps: int
+) -> tuple[Tensor, Tensor]:
+    """The op by operations that torch.func can transform."""
+    _, vector, _ = _forward(kernel.detach(), vector.detach(), padding_mode, steps)
+    kernels = kernel if kernel.dim() == 5 else kernel[None]
+    norms = _convolve(vector, kernels, padding_mode).flatten(1).norm(dim=1)
+    return norms if kernel.dim() == 5 else norms[0], vector
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,15 +103,19 @@ def test_one_step_per_change_follows_the_norm():
     assert conv_norm(kernel, cold, "zeros")[0] < 0.9 * norm
 
 
-def test_chooses_the_op_and_leaves_transforms_to_the_published_form():
+def test_chooses_the_op_and_runs_inside_transforms():
     kernel, vector = draw(3, 3, 3, 3)
     assert backends.choose("conv_norm", kernel, vector) == "torch"
     with lipfast.backend("reference"):
         norm, _ = conv_norm(kernel, vector, "zeros")
-    torch.testing.assert_close(norm, conv_norm(kernel, vector, "zeros")[0])
+    assert torch.equal(norm, conv_norm(kernel, vector, "zeros", backend="reference")[0])
     grad = torch.func.grad(lambda k: conv_norm(k, vector, "zeros")[0])(kernel.detach())
     expected = torch.autograd.grad(conv_norm(kernel, vector, "zeros")[0], kernel)[0]
     torch.testing.assert_close(grad, expected)
+    kernels = torch.randn(2, 3, 3, 3, 3, dtype=F64)
+    norms = torch.func.vmap(lambda k: conv_norm(k, vector, "zeros")[0])(kernels)
+    both = conv_norm(kernels, vector.expand(2, -1, -1, -1), "zeros")[0]
+    torch.testing.assert_close(norms, both)
 
 
 def one(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
