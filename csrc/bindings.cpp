@@ -10,6 +10,7 @@
 #endif
 
 #include "aol_rescale.h"
+#include "cayley.h"
 #include "gram_bound.h"
 #include "maxmin.h"
 
@@ -65,6 +66,15 @@ AolRescaleParams aol_rescale_params(uintptr_t weight, uintptr_t r, uintptr_t sca
           channels_last, is_double, static_cast<DType>(dtype)};
 }
 
+CayleyParams cayley_params(uintptr_t matrix, uintptr_t other, uintptr_t out, int64_t batch,
+                           int64_t rows, int64_t n, int parts, bool is_double) {
+  check(batch >= 0 && n >= 0 && rows >= n, "cayley: sizes must not be negative, rows at least n");
+  check(parts == 1 || parts == 2, "cayley: parts must be 1 or 2, got " + std::to_string(parts));
+  check(batch * n == 0 || (matrix && out), "cayley: matrix and out must not be null");
+  return {address<const void>(matrix), address<const void>(other), address<void>(out), batch, rows,
+          n, parts, is_double};
+}
+
 int openmp_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -115,6 +125,16 @@ PYBIND11_MODULE(_C, m) {
     check(params.grad_weight && params.partial,
           "aol_rescale: grad_weight and partial must not be null");
     aol_rescale_backward_cpu(params);
+  }, no_gil);
+
+  py::class_<CayleyParams>(m, "CayleyParams")
+      .def(py::init(&cayley_params), py::arg("matrix"), py::arg("other"), py::arg("out"),
+           py::arg("batch"), py::arg("rows"), py::arg("n"), py::arg("parts"), py::arg("is_double"));
+  m.def("cayley_forward_cpu", &cayley_forward_cpu, no_gil);
+  m.def("cayley_backward_cpu", [](const CayleyParams& params) {
+    check(params.batch * params.n == 0 || params.other, "cayley: other must not be null");
+    check(params.rows == params.n, "cayley: the backward pass takes square matrices");
+    cayley_backward_cpu(params);
   }, no_gil);
 
 #if defined(LIPFAST_CUDA_ARCHS)

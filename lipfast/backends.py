@@ -39,7 +39,7 @@ class _Rule(NamedTuple):
 # "reference" ends every order. The crossovers are measured by bench/bench_<op>.py. maxmin has none:
 # below about 1000 elements the published form is 20 us faster, but derives otherwise at ties.
 _FASTEST: dict[str, tuple[_Rule, ...]] = {
-    "cayley": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
+    "cayley": (_Rule("cpu", 0, ("cpp", "torch")), _Rule("cuda", 0, ("torch",))),
     "conv_norm": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     "conv_norm_bound": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     "fourier_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),

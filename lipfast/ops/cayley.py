@@ -8,7 +8,7 @@ from torch import Tensor
 from lipfast import backends
 from lipfast.reference.cayley import cayley as reference_cayley
 
-from . import cayley_lu
+from . import cayley_cpp, cayley_lu
 from .fourier_conv_dft import without_autocast
 
 _REAL_DTYPES = (torch.float64, torch.float32)
@@ -29,8 +29,8 @@ def cayley(matrix: Tensor, *, planar: bool = False, backend: str | None = None) 
             (..., 2, m, n), float64 or float32, real parts before imaginary parts. Batch, m and n
             may be 0.
         planar: whether `matrix` is a complex matrix in real and imaginary parts.
-        backend: "torch" or "reference"; None takes the forced backend (`lipfast.set_backend`), or
-            else the fastest that can run.
+        backend: "cpp", "torch" or "reference"; None takes the forced backend
+            (`lipfast.set_backend`), or else the fastest that can run.
 
     Returns:
         Shape, layout, dtype and device of matrix; contiguous.
@@ -52,9 +52,9 @@ def cayley(matrix: Tensor, *, planar: bool = False, backend: str | None = None) 
         return torch.stack([out.real, out.imag], dim=-3)
     if matrix.is_complex():
         parts = torch.stack([matrix.real, matrix.imag], dim=-3)
-        out = torch.ops.lipfast.cayley(parts, True)
+        out = torch.ops.lipfast.cayley(parts, True, chosen)
         return torch.complex(out[..., 0, :, :], out[..., 1, :, :])
-    return torch.ops.lipfast.cayley(matrix, planar)
+    return torch.ops.lipfast.cayley(matrix, planar, chosen)
 
 
 def _check(matrix: Tensor, planar: bool) -> None:
@@ -83,7 +83,14 @@ def _torch_can_run(matrix: Tensor) -> str | None:
     return None
 
 
-backends.register("cayley", {"torch": _torch_can_run, "reference": lambda matrix: None})
+def _cpp_can_run(matrix: Tensor) -> str | None:
+    return _torch_can_run(matrix) or backends.cpp_can_run(matrix)
+
+
+backends.register(
+    "cayley",
+    {"cpp": _cpp_can_run, "torch": _torch_can_run, "reference": lambda matrix: None},
+)
 
 
 def _batched(matrix: Tensor, planar: bool) -> Tensor:
@@ -99,38 +106,45 @@ def _restored(batched: Tensor, like: Tensor) -> Tensor:
     return batched.reshape(like.shape).contiguous()
 
 
-def _forward(matrix: Tensor, planar: bool) -> Tensor:
+def _forward(matrix: Tensor, planar: bool, backend: str) -> Tensor:
     if matrix.numel() == 0:
-        return _forward_fake(matrix, planar)
+        return _forward_fake(matrix, planar, backend)
+    launcher = cayley_cpp if backend == "cpp" else cayley_lu
     with without_autocast(matrix):
-        return _restored(cayley_lu.cayley_forward(_batched(matrix, planar)), matrix)
+        return _restored(launcher.cayley_forward(_batched(matrix, planar)), matrix)
 
 
-def _backward(grad: Tensor, matrix: Tensor | None, out: Tensor, planar: bool) -> Tensor:
+def _backward(
+    grad: Tensor, matrix: Tensor | None, out: Tensor, planar: bool, backend: str
+) -> Tensor:
     if out.numel() == 0:
-        return _forward_fake(out, planar)
+        return _forward_fake(out, planar, backend)
     grad, result = _batched(grad, planar), _batched(out, planar)
     rectangular = None if matrix is None else _batched(matrix, planar)
+    launcher = cayley_cpp if backend == "cpp" else cayley_lu
     with without_autocast(out):
-        return _restored(cayley_lu.cayley_backward(grad, rectangular, result), out)
+        return _restored(launcher.cayley_backward(grad, rectangular, result), out)
 
 
-def _forward_fake(matrix: Tensor, planar: bool) -> Tensor:
+def _forward_fake(matrix: Tensor, planar: bool, backend: str) -> Tensor:
     return torch.empty_like(matrix, memory_format=torch.contiguous_format)
 
 
-def _backward_fake(grad: Tensor, matrix: Tensor | None, out: Tensor, planar: bool) -> Tensor:
-    return _forward_fake(out, planar)
+def _backward_fake(
+    grad: Tensor, matrix: Tensor | None, out: Tensor, planar: bool, backend: str
+) -> Tensor:
+    return _forward_fake(out, planar, backend)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    matrix, ctx.planar = inputs
+    matrix, *ctx.options = inputs
     square = matrix.shape[-1] == matrix.shape[-2]
     ctx.save_for_backward(None if square else matrix, output)
 
 
 def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    return torch.ops.lipfast.cayley_backward(grad, *ctx.saved_tensors, ctx.planar), None
+    grad = torch.ops.lipfast.cayley_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return grad, None, None
 
 
 def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
@@ -139,14 +153,14 @@ def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
     )
 
 
-torch.library.define("lipfast::cayley", "(Tensor matrix, bool planar) -> Tensor")
+torch.library.define("lipfast::cayley", "(Tensor matrix, bool planar, str backend) -> Tensor")
 torch.library.impl("lipfast::cayley", ("cpu", "cuda"), _forward)
 torch.library.register_fake("lipfast::cayley", _forward_fake)
 torch.library.register_autograd("lipfast::cayley", _gradient, setup_context=_save)
 
 torch.library.define(
     "lipfast::cayley_backward",
-    "(Tensor grad, Tensor? matrix, Tensor out, bool planar) -> Tensor",
+    "(Tensor grad, Tensor? matrix, Tensor out, bool planar, str backend) -> Tensor",
 )
 torch.library.impl("lipfast::cayley_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::cayley_backward", _backward_fake)

@@ -18,10 +18,12 @@ OPS = torch.ops.lipfast
 def test_registration(shape):
     planar = len(shape) == 4
     matrix = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(OPS.cayley.default, (matrix, planar))
-    out = OPS.cayley(matrix, planar).detach()
+    backend = backends.choose("cayley", matrix)
+    torch.library.opcheck(OPS.cayley.default, (matrix, planar, backend))
+    out = OPS.cayley(matrix, planar, backend).detach()
     other = None if shape[-1] == shape[-2] else matrix.detach()
-    torch.library.opcheck(OPS.cayley_backward.default, (torch.randn_like(out), other, out, planar))
+    arguments = (torch.randn_like(out), other, out, planar, backend)
+    torch.library.opcheck(OPS.cayley_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
