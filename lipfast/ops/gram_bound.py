@@ -149,10 +149,8 @@ def _published(weight: Tensor, q: Tensor | None, axis: str, groups: int) -> Tens
     if len(kernels) == 0:
         return weight.new_empty(_result_shape(weight, axis, groups))
     weights = [None] * len(kernels) if q is None else q.reshape(len(kernels), -1)
-    rows = [
-        reference_gram_bound(kernel, one, axis=axis)
-        for kernel, one in zip(kernels, weights, strict=True)
-    ]
+    pairs = zip(kernels, weights, strict=True)
+    rows = [reference_gram_bound(kernel, one, axis=axis) for kernel, one in pairs]
     return torch.stack(rows).view(_result_shape(weight, axis, groups))
 
 
@@ -168,7 +166,7 @@ def _forward(
         if backend == "torch":
             sums, signs = gram_bound_gemm.gram_bound_forward(taps, rows)
         else:
-            signs = _forward_fake(weight, q, axis, groups, backend)[1]
+            signs = _empty_signs(taps)
             scale = taps.new_ones(taps.shape[0], taps.shape[3]) if rows is None else rows
             sums = _launcher(backend).gram_bound_forward(taps, scale, signs) / scale
     return sums.view(_result_shape(weight, axis, groups)), signs
@@ -222,10 +220,13 @@ def _launcher(backend: str):  # type: ignore[no-untyped-def]
 def _forward_fake(
     weight: Tensor, q: Tensor | None, axis: str, groups: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    batch, kh, kw, channels, _ = _taps(weight, axis, groups).shape
-    offsets = ((2 * kh - 1) * (2 * kw - 1) + 1) // 2
-    signs = weight.new_empty((batch, channels, offsets, channels), dtype=torch.int8)
+    signs = _empty_signs(_taps(weight, axis, groups))
     return weight.new_empty(_result_shape(weight, axis, groups)), signs
+
+
+def _empty_signs(taps: Tensor) -> Tensor:
+    size = (taps.shape[0], taps.shape[3], gram_bound_gemm.offsets(taps), taps.shape[3])
+    return taps.new_empty(size, dtype=torch.int8)
 
 
 def _backward_fake(
@@ -252,9 +253,8 @@ def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def
     if grad is None:
         return None, None, None, None, None
     weight, q, r, signs = ctx.saved_tensors
-    grad_weight, grad_q = torch.ops.lipfast.gram_bound_backward(
-        grad, weight, q, r, signs, *ctx.options
-    )
+    op = torch.ops.lipfast.gram_bound_backward
+    grad_weight, grad_q = op(grad, weight, q, r, signs, *ctx.options)
     return grad_weight, None if q is None else grad_q, None, None, None
 
 
