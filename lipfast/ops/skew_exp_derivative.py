@@ -98,6 +98,8 @@ def _backward(
     x, kernel, terms = ctx.saved_tensors
     coefficients, mode, backend, dtype = ctx.options
     nothing = (None,) * 5
+    if terms is None:
+        grad_terms = None  # of an output without entries
     with torch.autocast(kernel.device.type, enabled=False):
         if grad is None or grad_terms is not None or torch.is_grad_enabled():
             return (*_differentiable(ctx, grad, grad_terms), *nothing)

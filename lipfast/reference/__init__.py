@@ -11,7 +11,6 @@ from .residual_conv import residual_conv
 from .series import (
     Coefficients,
     polynomial_supremum,
-    supremum_on_interval,
     taylor_coefficients,
     taylor_supremum,
     unimodular_coefficients,
@@ -54,7 +53,6 @@ __all__ = [
     "skew_norm_bound",
     "skew_polynomial",
     "skew_power_iteration",
-    "supremum_on_interval",
     "taylor_coefficients",
     "taylor_supremum",
     "torus_bound",

@@ -6,9 +6,6 @@ import itertools
 import math
 from fractions import Fraction
 
-import torch
-from torch import Tensor
-
 Coefficients = tuple[float, ...]  # a_0, ..., a_n of p(z) = sum_k a_k z^k
 
 
@@ -53,26 +50,10 @@ def polynomial_supremum(coefficients: Coefficients, limit: float) -> float:
 
     This is the exact bound of norm(p(L)) for every skew-symmetric L with norm(L) <= `limit`.
     """
-    bound = torch.tensor(limit, dtype=torch.float64)
-    return float(supremum_on_interval(coefficients, bound))
-
-
-def supremum_on_interval(coefficients: Coefficients, bound: Tensor) -> Tensor:
-    """Return the largest |p(i t)| over 0 <= t <= `bound`, without reading `bound`.
-
-    Args:
-        coefficients: a_0, ..., a_n.
-        bound: tensor without axes, float64.
-    """
     squared = _squared_modulus(coefficients)
-    largest = bound.new_zeros(()) + max(squared[0], 0.0)
-    for u in _critical_points(coefficients):
-        inside = u <= bound**2
-        largest = torch.maximum(largest, torch.where(inside, _evaluate(squared, u), 0.0))
-    value = bound.new_zeros(())
-    for c in reversed(squared):
-        value = value * bound**2 + c
-    return torch.maximum(largest, value).sqrt()
+    slope = _derivative(squared)
+    candidates = [0.0, *_real_roots(slope, 0.0, limit**2), limit**2]
+    return math.sqrt(max(_evaluate(squared, u) for u in candidates))
 
 
 def taylor_supremum(terms: int, norm_bound: float) -> float:
@@ -99,7 +80,6 @@ def _rotation(zeros: list[complex], limit: float) -> float:
     return sum(cmath.phase(1j * limit - zero) - cmath.phase(-zero) for zero in zeros)
 
 
-@functools.cache
 def _squared_modulus(coefficients: Coefficients) -> list[float]:
     """Coefficients of |p(i t)|^2 in u = t^2, by rising power, summed exactly before rounding."""
     signed = [(-1) ** (k // 2) * Fraction(a) for k, a in enumerate(coefficients)]
@@ -109,18 +89,6 @@ def _squared_modulus(coefficients: Coefficients) -> list[float]:
             if (j + k) % 2 == 0:
                 squared[(j + k) // 2] += a * b
     return [float(c) for c in squared]
-
-
-@functools.cache
-def _critical_points(coefficients: Coefficients) -> list[float]:
-    """All u > 0 where the derivative of |p(i t)|^2 by u = t^2 changes its sign."""
-    slope = _derivative(_squared_modulus(coefficients))
-    while slope and slope[-1] == 0:
-        slope.pop()
-    if len(slope) < 2:
-        return []
-    largest = 1 + max(abs(c / slope[-1]) for c in slope[:-1])  # Cauchy's bound of the zeros
-    return _real_roots(slope, 0.0, largest)
 
 
 def _real_roots(coefficients: list[float], low: float, high: float) -> list[float]:
