@@ -78,7 +78,11 @@ class SpectralModule(KernelModule):
         if not self._depends_on_map_size:
             return super()._run(x, weights)
         (ph, pw), (h, w) = self._padding(), x.shape[-2:]
-        y = ops.fourier_conv(F.pad(x, (pw, pw, ph, ph)), weights[0])[..., ph : ph + h, pw : pw + w]
+        if ph == pw == 0:
+            y = ops.fourier_conv(x, weights[0])
+        else:
+            y = ops.fourier_conv(F.pad(x, (pw, pw, ph, ph)), weights[0])
+            y = y[..., ph : ph + h, pw : pw + w]
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
