@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .conv_norm import schatten_bound
 from .convolution import conv2d_same, transpose_kernel
-from .fourier_conv import kernel_spectrum
+from .fourier_conv import frequency_table, kernel_spectrum
 from .series import taylor_coefficients
 
 
@@ -53,27 +53,46 @@ def matrix_polynomial(matrix: Tensor, coefficients: tuple[float, ...]) -> Tensor
     return total
 
 
-def skew_power_iteration(kernel: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an estimate of the norm of a skew-symmetric convolution and the next start vector.
+def skew_power_iteration(kernel: Tensor, vectors: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Return an estimate of the norm of a skew convolution and the next start vectors.
 
-    One application L v serves both: L is normal, so that v <- L v is a power iteration, and the
-    estimate norm(L v) never exceeds the norm of L on the torus that v lives on. It may lie far
-    below it and proves nothing. The square mean of all singular values there, a lower bound too,
-    takes its place where it is larger: that happens only far from convergence.
+    One power iteration v <- L v for every frequency of a torus of `side` pixels: frequencies never
+    mix, so that one vector for all of them would lose sight of those that grow later. One
+    application of L serves both, since L is normal. The estimate, the largest norm(L v), never
+    exceeds the norm of L on that torus; it may lie far below it and proves nothing. The square mean
+    of all singular values there, a lower bound too, takes its place where it is larger: that
+    happens only far from convergence.
 
     Args:
         kernel: (c, c, k, k) with L^T = -L.
-        vector: (1, c, h, w), not 0, of any length; no gradient flows into it.
+        vectors: (2, side * (side // 2 + 1), c), real and imaginary parts, each of length 1; no
+            gradient flows into them.
+        side: pixels per axis, k < side, or 1 for a 1x1 kernel.
 
     Returns:
-        The estimate, differentiable with respect to the kernel, and a vector of length 1.
+        The estimate, differentiable with respect to the kernel, and vectors of length 1.
     """
-    vector = vector.detach() / vector.detach().norm()
-    image = conv2d_same(vector, kernel, None, "circular")
-    norm = image.norm()
-    moved = image.detach() / norm.detach()
-    following = torch.where(norm.detach() > 0, moved, vector)
-    return torch.maximum(norm, kernel.norm() / math.sqrt(kernel.shape[0])), following
+    vectors = vectors.detach()
+    waves = frequency_table(kernel, (side, side))
+    with torch.no_grad():
+        images = _transform(kernel, vectors, waves)
+        norms = images.norm(dim=(0, 2))
+        moved = images / norms[:, None]
+        following = torch.where((norms > 0)[:, None], moved, vectors)
+        largest = norms.argmax().reshape(1)
+    image = _transform(kernel, vectors.index_select(1, largest), waves.index_select(0, largest))
+    return torch.maximum(image.norm(), kernel.norm() / math.sqrt(kernel.shape[0])), following
+
+
+def _transform(kernel: Tensor, vectors: Tensor, waves: Tensor) -> Tensor:
+    """Multiply a vector (2, F, c) per frequency by the transfer matrix, tap by tap."""
+    c = kernel.shape[0]
+    taps = kernel.permute(2, 3, 0, 1).reshape(-1, c)
+    products = (taps @ vectors.reshape(-1, c).T).reshape(waves.shape[1], c, 2, -1)
+    cos, sin = waves.real.T[:, None], waves.imag.T[:, None]  # (k k, 1, F)
+    real, imaginary = products[:, :, 0], products[:, :, 1]
+    parts = (cos * real - sin * imaginary, cos * imaginary + sin * real)
+    return torch.stack([part.sum(dim=0).T for part in parts])
 
 
 def skew_norm_bound(kernel: Tensor, side: int) -> tuple[Tensor, Tensor]:
