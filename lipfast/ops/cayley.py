@@ -9,7 +9,7 @@ from lipfast import backends
 from lipfast.reference.cayley import cayley as reference_cayley
 
 from . import cayley_cpp, cayley_lu
-from .fourier_conv_dft import without_autocast
+from .fourier_conv_dft import is_plain, without_autocast
 
 _REAL_DTYPES = (torch.float64, torch.float32)
 _COMPLEX_DTYPES = (torch.complex128, torch.complex64)
@@ -50,11 +50,12 @@ def cayley(matrix: Tensor, *, planar: bool = False, backend: str | None = None) 
             return reference_cayley(matrix)
         out = reference_cayley(torch.complex(matrix[..., 0, :, :], matrix[..., 1, :, :]))
         return torch.stack([out.real, out.imag], dim=-3)
+    run = _Eager.apply if is_plain(matrix) else torch.ops.lipfast.cayley
     if matrix.is_complex():
         parts = torch.stack([matrix.real, matrix.imag], dim=-3)
-        out = torch.ops.lipfast.cayley(parts, True, chosen)
+        out = run(parts, True, chosen)
         return torch.complex(out[..., 0, :, :], out[..., 1, :, :])
-    return torch.ops.lipfast.cayley(matrix, planar, chosen)
+    return run(matrix, planar, chosen)
 
 
 def _check(matrix: Tensor, planar: bool) -> None:
@@ -145,6 +146,21 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     grad = torch.ops.lipfast.cayley_backward(grad, *ctx.saved_tensors, *ctx.options)
     return grad, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The op without a dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        op = torch.ops.lipfast.cayley_backward if torch.is_grad_enabled() else _backward
+        return op(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
 def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]

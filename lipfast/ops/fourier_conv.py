@@ -9,7 +9,14 @@ from lipfast import backends
 from lipfast.reference.fourier_conv import fourier_conv as reference_fourier_conv
 
 from . import fourier_conv_gemm
-from .fourier_conv_dft import from_batch, inverse, to_batch, transform, without_autocast
+from .fourier_conv_dft import (
+    from_batch,
+    inverse,
+    is_plain,
+    to_batch,
+    transform,
+    without_autocast,
+)
 
 _DTYPES = (torch.float64, torch.float32)
 _SHORT_DTYPES = (torch.bfloat16, torch.float16)
@@ -51,6 +58,8 @@ def fourier_conv(x: Tensor, spectrum: Tensor, *, backend: str | None = None) -> 
         with without_autocast(x):
             y = reference_fourier_conv(x, torch.complex(spectrum[:, 0], spectrum[:, 1]))
         return y.to(dtype)
+    if is_plain(x, spectrum):
+        return _Eager.apply(x, spectrum, chosen).to(dtype)
     return torch.ops.lipfast.fourier_conv(x, spectrum, chosen)[0].to(dtype)
 
 
@@ -160,16 +169,35 @@ def _backward_fake(
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, spectrum, ctx.backend = inputs
-    ctx.set_materialize_grads(False)
+    _, spectrum, *ctx.options = inputs
     ctx.save_for_backward(output[1], spectrum)
+
+
+def _save_alone(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    _save(ctx, inputs, output)
 
 
 def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     if grad is None:
         return None, None, None
     x_hat, spectrum = ctx.saved_tensors
-    return *torch.ops.lipfast.fourier_conv_backward(grad, x_hat, spectrum, ctx.backend), None
+    return *torch.ops.lipfast.fourier_conv_backward(grad, x_hat, spectrum, *ctx.options), None
+
+
+class _Eager(torch.autograd.Function):
+    """The op without a dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        op = torch.ops.lipfast.fourier_conv_backward if torch.is_grad_enabled() else _backward
+        return *op(grad, *ctx.saved_tensors, *ctx.options), None
 
 
 def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
@@ -183,7 +211,7 @@ torch.library.define(
 )
 torch.library.impl("lipfast::fourier_conv", ("cpu", "cuda"), _forward)
 torch.library.register_fake("lipfast::fourier_conv", _forward_fake)
-torch.library.register_autograd("lipfast::fourier_conv", _gradient, setup_context=_save)
+torch.library.register_autograd("lipfast::fourier_conv", _gradient, setup_context=_save_alone)
 
 torch.library.define(
     "lipfast::fourier_conv_backward",
