@@ -40,7 +40,7 @@ def bench_gram_bound(compare, channels, precision, benchmark):
     grad = torch.rand(channels, generator=generator).to(DEVICE)
     chosen = backends.choose("gram_bound", weight)
     functions: dict[str, Callable[[Tensor], Tensor]] = {chosen: gram_bound}
-    for name in ("triton", "cuda", "torch"):
+    for name in ("triton", "cuda", "cpp", "torch"):
         if name != chosen and backends.why_not("gram_bound", name, weight) is None:
             functions[name] = lambda weight, name=name: gram_bound(weight, backend=name)
     functions["published"] = published
@@ -59,7 +59,7 @@ def bench_gram_bound(compare, channels, precision, benchmark):
     seconds = benchmark.extra_info["median_ms"][chosen] / 1e3
     flops = 2 * (45 + 81) * channels**3 / seconds
     benchmark.extra_info["tflops"] = round(flops / 1e12, 4)
-    print(f"{flops / 1e12:.3f} TFLOP/s in 126 c^3 multiply-adds")
+    print(f"{flops / 1e12:.3f} TFLOP/s, counting 126 c^3 multiply-adds")
     if not GPU and channels in TARGETS:
         benchmark.extra_info["target"] = TARGETS[channels]
         print(f"target {TARGETS[channels]}x, reached {ratios['published']:.2f}x")

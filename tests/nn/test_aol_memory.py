@@ -80,3 +80,23 @@ def test_forced_backends_agree(memory_format, backend):
         torch.testing.assert_close(y, expected)
         ours = torch.autograd.grad(y.square().sum(), layer.weight)
     torch.testing.assert_close(ours[0], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_under_autocast():
+    layer = lnn.AOLConv2d(4, 6, 3, groups=2)
+    x = torch.randn(2, 4, 7, 5).to(memory_format=torch.channels_last)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    torch.compiler.reset()
+    y, expected = torch.compile(run, fullgraph=True, backend="aot_eager")(x), run(x)
+    assert y.dtype == torch.bfloat16
+    assert y.stride() == expected.stride()
+    torch.testing.assert_close(y, expected)
+
+
+def test_shapes_without_values():
+    layer = lnn.AOLConv2d(4, 6, 3, device="meta")
+    assert layer(torch.empty(1, 4, 5, 5, device="meta")).shape == (1, 6, 5, 5)
