@@ -48,13 +48,10 @@ def unconverged_layers(model: nn.Module) -> list[str]:
     """Return the names of the layers whose iteration did not converge in the last training step.
 
     Such a layer is 1-Lipschitz, but some of its singular values lie below 1 and its gradient is not
-    exact. Reads the device once.
+    exact. Waits for the device.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PolarModule)}
-    if not layers:
-        return []
-    residuals = torch.stack([layer.polar_residual.float() for layer in layers.values()]).tolist()
-    return [n for n, value in zip(layers, residuals, strict=True) if value > RESIDUAL_LIMIT]
+    return [n for n, layer in layers.items() if float(layer.polar_residual) > RESIDUAL_LIMIT]
 
 
 def warn_of_unconverged_layers(model: nn.Module) -> None:
