@@ -10,7 +10,9 @@ the others: U^T U = I, so that one table serves both ways and their derivatives.
 
 import functools
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,10 +116,29 @@ def phases(frequencies: int, n: int, positions: range, device: torch.device) -> 
     return torch.outer(f, p).remainder(n).to(torch.float64) * (2 * math.pi / n)
 
 
-# The tables are never dropped: a CUDA graph may hold their addresses. A map of 34x34 needs 15 KB.
-@functools.cache
-@torch.inference_mode(False)
-@torch.no_grad()
+def cached_table(build: Callable[..., Any]) -> Any:
+    """Keep what `build(..., device)` returns, for training too where inference asks for it first.
+
+    Never dropped: a CUDA graph may hold the addresses. A map of 34 x 34 needs 15 KB.
+    """
+
+    @functools.cache
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def cached(*key: Any) -> Any:
+        device = key[-1]
+        if device.type != "cuda":
+            return build(*key)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("fourier_conv: run a step of this map size before capturing one")
+        tables = build(*key)
+        torch.cuda.current_stream(device).synchronize()  # the next reader may be on another stream
+        return tables
+
+    return cached
+
+
+@cached_table
 def _table(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """U, (2 F, h w)."""
     half = w // 2 + 1
@@ -127,9 +148,7 @@ def _table(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return parts.view(2 * h * half, h * w).to(dtype)
 
 
-@functools.cache
-@torch.inference_mode(False)
-@torch.no_grad()
+@cached_table
 def _axis_tables(
     h: int, w: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,9 +159,7 @@ def _axis_tables(
     return parts.view(-1, w).to(dtype), down.cos().to(dtype), down.sin().to(dtype)
 
 
-@functools.cache
-@torch.inference_mode(False)
-@torch.no_grad()
+@cached_table
 def _scale(h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """sqrt(m_f), (F, 1)."""
     column = _column_scale(h, w, device) * math.sqrt(h * w)

@@ -1,13 +1,11 @@
 """The transfer matrices of a circular convolution, planar, as one product with a table."""
 
-import functools
-
 import torch
 from torch import Tensor
 
 from lipfast.reference.fourier_conv import kernel_spectrum as reference_spectrum
 
-from .fourier_conv_dft import phases, without_autocast
+from .fourier_conv_dft import cached_table, phases, without_autocast
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,9 +82,7 @@ def _adjoint(grad: Tensor, kh: int, kw: int, h: int, w: int) -> Tensor:
     return taps.view(out_channels, in_channels, kh, kw)
 
 
-@functools.cache  # see fourier_conv_dft: never dropped
-@torch.inference_mode(False)
-@torch.no_grad()
+@cached_table
 def _table(kh: int, kw: int, h: int, w: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cosines and sines of 2 pi f . (x - (k - 1) // 2) / n, (2 F, kh kw), the parts alternating."""
     down = phases(h, h, _positions(kh), device)[:, None, :, None]
