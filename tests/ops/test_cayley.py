@@ -177,3 +177,21 @@ def test_autocast_does_not_apply():
         out = cayley(matrix, planar=True)
         assert torch.equal(out, plain)
         assert torch.equal(torch.autograd.grad(out.sum(), matrix)[0], plain_grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 64, 64), (6, 128, 128)])
+def test_gpu_equals_the_definition(shape, kind, poisoned_empty):
+    matrix, grad = draw(shape, kind, size=0.1)
+    expected = definition(matrix)
+    (exact,) = torch.autograd.grad(expected, matrix, grad)
+    on_gpu, late = matrix.detach().cuda().requires_grad_(), grad.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = run(on_gpu, kind, "torch")
+        (gradient,) = torch.autograd.grad(out, on_gpu, late)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(gradient.cpu(), exact, rtol=1e-10, atol=1e-10)

@@ -218,3 +218,34 @@ def test_nan_stays_in_its_image(method):
     assert y[1].isnan().all()
     assert y[0].isfinite().all()
     assert y[2].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("map_size", [*MAPS, (34, 34), (49, 3)])
+def test_gpu_equals_the_published_form(map_size, backend, poisoned_empty):
+    x, _, grad = draw(map_size, batch=40, channels=(70, 33))
+    spectrum = any_spectrum(map_size, (70, 33))
+    y = fourier_conv(x, spectrum, backend="reference")
+    exact = [y, *torch.autograd.grad(y, (x, spectrum), grad)]
+    inputs = [t.detach().float().cuda().requires_grad_() for t in (x, spectrum)]
+    runs = []
+    for _ in range(2):
+        y = fourier_conv(*inputs, backend=backend)
+        runs.append([y, *torch.autograd.grad(y, inputs, grad.float().cuda())])
+    assert all(map(torch.equal, *runs))
+    assert relative_error([t.cpu() for t in runs[0]], exact) < 1e-5
+
+
+@pytest.mark.gpu
+def test_gpu_tables_are_not_made_during_capture():
+    x, kernel, _ = (t.detach().float().cuda() for t in draw((7, 9)))
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="before capturing"), torch.cuda.graph(graph):
+        fourier_conv(x, kernel_spectrum(kernel, (7, 9)))
+    expected = fourier_conv(x, kernel_spectrum(kernel, (7, 9)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = fourier_conv(x, kernel_spectrum(kernel, (7, 9)))
+    graph.replay()
+    torch.testing.assert_close(y, expected)
