@@ -9,6 +9,7 @@ from .conv_norm_map import conv_norm_map_bound
 from .fourier_conv import fourier_conv
 from .fourier_conv_spectrum import kernel_spectrum
 from .gram_bound import gram_bound
+from .gram_bound_above import gram_bound_above
 from .maxmin import maxmin
 from .polar import polar
 from .residual_conv import residual_conv
@@ -23,6 +24,7 @@ __all__ = [
     "conv_norm_map_bound",
     "fourier_conv",
     "gram_bound",
+    "gram_bound_above",
     "kernel_spectrum",
     "maxmin",
     "polar",
