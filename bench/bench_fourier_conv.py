@@ -71,7 +71,7 @@ def bench_fourier_conv(compare, benchmark, channels, side):
 
 @pytest.mark.parametrize(
     ("channels", "side"),
-    [(128, 4), (128, 6), (64, 8), (64, 10), (32, 16), (32, 18), (16, 34), (8, 66)],
+    [(128, 4), (128, 6), (64, 8), (64, 10), (32, 16), (32, 18), (16, 34), (8, 66), (2, 128)],
 )
 def bench_methods_of_the_transform(compare, monkeypatch, channels, side):
     """There and back: where the ways of the transform cross."""
