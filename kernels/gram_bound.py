@@ -173,7 +173,7 @@ def _correlation(
     width = kw - tl.maximum(dx, -dx)
     steps = tl.cdiv(depth, DEPTH)
     k = tl.arange(0, DEPTH)
-    size = channels.to(tl.int64) * depth
+    size = tl.cast(channels, tl.int64) * depth
     left = i.to(tl.int64)[:, None] * depth + k[None, :]
     right = j.to(tl.int64)[:, None] * depth + k[None, :]
     gram = tl.zeros((TILE, TILE), tl.float32)
@@ -214,8 +214,8 @@ def gram_bound_backward_kernel(
     i = row * TILE + tl.arange(0, TILE)
     n = column * TILE + tl.arange(0, TILE)
     offsets = ((2 * kh - 1) * (2 * kw - 1) + 1) // 2
-    line = (offsets * channels).to(tl.int64)
-    size = channels.to(tl.int64) * depth
+    line = tl.cast(offsets * channels, tl.int64)
+    size = tl.cast(channels, tl.int64) * depth
     taps += batch * kh * kw * size
     grad += batch * batch_stride + (x // kw) * row_stride + (x % kw) * column_stride
     signs += batch * channels * line

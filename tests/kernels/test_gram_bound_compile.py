@@ -29,7 +29,7 @@ POINTERS = {
 TENSOR_CORE = {80: r"\bHMMA\S*TF32", 90: r"\bHGMMA\S*TF32", 100: r"\bUTC\w*MMA"}
 
 
-def compile_kernel(name: str, arch: int, tile: int, precision: str):
+def compile_kernel(name: str, arch: int, tile: int, precision: str, ones: tuple[str, ...] = ()):
     from lipfast.kernels import gram_bound as kernels
 
     signature = {key: f"*{kind}" for key, kind in POINTERS[name].items()}
@@ -39,13 +39,16 @@ def compile_kernel(name: str, arch: int, tile: int, precision: str):
         strides = ["batch_stride", "row_stride", "column_stride", "channel_stride", "depth_stride"]
         signature |= dict.fromkeys(strides, "i32")
     values = {"TILE": tile, "DEPTH": 32, "PRECISION": precision}
+    values |= dict.fromkeys(ones, 1)  # as the launcher compiles a size of 1
     signature |= dict.fromkeys(values, "constexpr")
     names = list(signature)
     source = ASTSource(
         fn=getattr(kernels, name),
         signature=signature,
         constexprs={(names.index(key),): value for key, value in values.items()},
-        attrs={(names.index(key),): [["tt.divisibility", 16]] for key in divisible},
+        attrs={
+            (names.index(key),): [["tt.divisibility", 16]] for key in divisible if key not in ones
+        },
     )
     options = {"num_warps": kernels._warps(tile), "num_stages": 3}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -79,3 +82,10 @@ def test_compiles_without_spills(name, channels, precision, arch, tmp_path):
         )  # no tensor core multiplies float32 exactly
     elif channels > 32:
         assert re.search(TENSOR_CORE[arch], code)
+
+
+@pytest.mark.parametrize("ones", [("kh", "kw"), ("channels",), ("channels", "depth", "kh", "kw")])
+@pytest.mark.parametrize("name", POINTERS)
+def test_sizes_of_one_compile(name, ones):
+    compiled = compile_kernel(name, 90, 16, "tf32", ones)
+    assert compiled.asm["cubin"]
