@@ -1,9 +1,13 @@
 // Python bindings: argument checks and m.def lines. Tensors come as addresses and sizes, so that the
 // extension needs no torch; lipfast.ops checks dtype, layout and device before.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -11,6 +15,7 @@
 
 #include "gram_bound.h"
 #include "maxmin.h"
+#include "polar.h"
 
 namespace py = pybind11;
 using namespace lipfast;
@@ -50,6 +55,25 @@ GramBoundParams gram_bound_params(uintptr_t taps, uintptr_t a, uintptr_t q, uint
           address<int8_t>(signs), address<void>(out), batch, channels, depth, kh, kw, is_double};
 }
 
+PolarParams polar_params(uintptr_t x, uintptr_t grad, uintptr_t w, uintptr_t out, int64_t batch,
+                         int planes, int rows, int columns, int steps,
+                         const std::vector<std::array<double, 3>>& schedule) {
+  check(batch >= 0, "polar: batch must not be negative");
+  check(planes == 1 || planes == 2, "polar: planes must be 1 or 2");
+  check(1 <= rows && rows <= kPolarMaxRows && rows <= columns,
+        "polar: rows must be at most " + std::to_string(kPolarMaxRows) + " and at most columns");
+  check(steps >= 1, "polar: steps must be positive");
+  check(schedule.empty() || (int(schedule.size()) == steps && steps <= kPolarMaxSteps),
+        "polar: a schedule has at most " + std::to_string(kPolarMaxSteps) + " steps");
+  check(batch == 0 || (x && w && out), "polar: only grad may be null");
+  PolarParams params{address<const float>(x), address<const float>(grad), address<float>(w),
+                     address<float>(out), batch, planes, rows, columns, steps, {}};
+  for (size_t i = 0; i < schedule.size(); ++i) {
+    std::copy(schedule[i].begin(), schedule[i].end(), params.schedule[i]);
+  }
+  return params;
+}
+
 int openmp_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -77,6 +101,14 @@ PYBIND11_MODULE(_C, m) {
            py::arg("depth"), py::arg("kh"), py::arg("kw"), py::arg("is_double"));
   m.attr("gram_bound_tile") = kGramBoundTile;
 
+  py::class_<PolarParams>(m, "PolarParams")
+      .def(py::init(&polar_params), py::arg("x"), py::arg("grad"), py::arg("w"), py::arg("out"),
+           py::arg("batch"), py::arg("planes"), py::arg("rows"), py::arg("columns"),
+           py::arg("steps"), py::arg("schedule"));
+  m.attr("polar_max_rows") = kPolarMaxRows;
+  m.attr("polar_max_steps") = kPolarMaxSteps;
+  m.def("polar_shared_bytes", &polar_shared_bytes);
+
 #if defined(LIPFAST_CUDA_ARCHS)
   m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;
   m.attr("cuda_version") = LIPFAST_CUDA_VERSION;
@@ -94,6 +126,14 @@ PYBIND11_MODULE(_C, m) {
     check(params.a, "gram_bound: a must not be null");
     gram_bound_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
+  m.def("polar_forward_cuda", [](const PolarParams& params, uintptr_t stream) {
+    polar_forward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("polar_backward_cuda", [](const PolarParams& params, uintptr_t stream) {
+    check(params.batch == 0 || params.grad, "polar: grad must not be null");
+    polar_backward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("polar_shared_limit", &polar_shared_limit);
 #else
   m.attr("cuda_archs") = "";
   m.attr("cuda_version") = py::none();

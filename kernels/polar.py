@@ -13,6 +13,8 @@ from lipfast.kernels.polar_multiply import default_precision, multiply
 
 # So many steps are meant for small singular values, and amplify the errors of TF32 to a failure.
 _LONG = 7
+# Added to H where w has not converged, as a share of the root mean square singular value.
+_SHIFT = 0.1
 _BLOCK = 1024  # numbers of a matrix that one program of an elementwise kernel changes
 
 
@@ -23,8 +25,8 @@ def polar_forward(
 
     Args:
         x: (B, P, m, n), float32, contiguous, m <= n; P = 1 real, 2 real and imaginary part.
-        schedule: at least one step (a, b, c): X <- a X + (b S + c S^2) X with S = X X^H. The last
-            one has full float32 precision.
+        schedule: steps (a, b, c): X <- a X + (b S + c S^2) X with S = X X^H; c = 0 in the last
+            one, which has full float32 precision.
 
     Returns:
         W (B, P, m, n), and the Frobenius norm of I - S at the last step, (B,).
@@ -40,10 +42,12 @@ def polar_forward(
     gram(w, s, precision)
     factors = _normaliser(gram(s, s2, precision, reduce="norms"))
     # The last step alone measures the defect: a schedule of one step gets an idle one before it.
-    *steps, last = schedule if len(schedule) > 1 else ((1.0, 0.0, 0.0), *schedule)
+    *steps, (a, b, _) = schedule if len(schedule) > 1 else ((1.0, 0.0, 0.0), *schedule)
     for index, step in enumerate(steps):
         if index > 0:
-            _powers(w, s, s2, step, precision)
+            gram(w, s, precision)
+            if step[2]:
+                gram(s, s2, precision)
         multiply(
             s,
             s2 if step[2] else None,
@@ -56,9 +60,9 @@ def polar_forward(
             out_turned=next_turned,
         )
         turned, next_turned = next_turned, turned
-    defect = _powers(w, s, s2, last, last_precision, reduce="defect")
-    s2_or_none = s2 if last[2] else None
-    multiply(s, s2_or_none, turned, last, last_precision, add=w, out=w)
+    # a X + b S X as (a + b) X + b (S - I) X, where the second term is small
+    defect = gram(w, s, last_precision, reduce="defect")
+    multiply(s, None, turned, (a + b, b, 0.0), last_precision, add=w, out=w)
     return w, defect.sum(dim=1).sqrt_()
 
 
@@ -79,8 +83,7 @@ def polar_backward(grad: Tensor, x: Tensor, w: Tensor, steps: int) -> Tensor:
     x_size, grad_size = _largest(x), _largest(grad)
     x_factor, grad_factor = _inverse(x_size), _inverse(grad_size)
     wide = columns > rows
-    h = x.new_empty(batch, planes, rows, rows)
-    two_sided(x, w, h, precision, skew=0, scale=x_factor / 2)
+    h = _polar_factor(x * x_factor[:, None, None, None], w, precision)
     right = x.new_empty(batch * (2 if wide else 1), planes, rows, rows)
     two_sided(grad, w, right[:batch], precision, skew=batch, scale=grad_factor)
     if wide:  # H^-1 solves H Y + Y H = 2 I and joins the batch
@@ -117,18 +120,16 @@ def _precisions(schedule: Sequence[tuple[float, float, float]]) -> tuple[str, st
     return exact if len(schedule) >= _LONG else default_precision(), exact
 
 
-def _powers(
-    w: Tensor,
-    s: Tensor,
-    s2: Tensor,
-    step: tuple[float, float, float],
-    precision: str,
-    reduce: str = "none",
-) -> Tensor | None:
-    partial = gram(w, s, precision, reduce=reduce)
-    if step[2]:
-        gram(s, s2, precision)
-    return partial
+def _polar_factor(x: Tensor, w: Tensor, precision: str) -> Tensor:
+    """Return H = (x x^H)^(1/2) = x W^H, kept positive definite where W has not converged."""
+    batch, planes, rows, _ = x.shape
+    h = x.new_empty(batch, planes, rows, rows)
+    shift = torch.linalg.vector_norm(x.flatten(1), dim=1) * (_SHIFT / rows**0.5)
+    shift = shift.clamp_min_(_SHIFT / rows**0.5)  # as if x were not 0
+    left = torch.addcmul(x, shift[:, None, None, None], w, value=-1)
+    two_sided(left, w, h, precision, skew=0, scale=torch.full_like(shift, 0.5))
+    h[:, 0].diagonal(dim1=-2, dim2=-1).add_(shift[:, None])
+    return h
 
 
 def _largest(x: Tensor) -> Tensor:
@@ -181,7 +182,7 @@ def _solve(h: Tensor, right: Tensor, skew: int, steps: int, precision: str) -> T
             FIRST=step == 0,
             TILES=triton.next_power_of_2(tiles),
             BLOCK=_BLOCK,
-            num_warps=4,
+            num_warps=8,
         )
         state, next_state = next_state, state
     return solution

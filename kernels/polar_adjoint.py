@@ -8,18 +8,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lipfast.kernels.polar_multiply import DEPTH, stages, tile_size, warps
+from lipfast.kernels.polar_multiply import DEPTH, STAGES, generation, tile_size, warps
 
 
-def gram(x: Tensor, out: Tensor, precision: str, *, reduce: str = "none") -> Tensor | None:
-    """Write out = X X^H, (B, P, m, m), one triangle of tiles computed and mirrored.
+def gram(x: Tensor, out: Tensor, precision: str, *, reduce: str = "none") -> Tensor:
+    """Write out = X X^H, or X X^H - I, (B, P, m, m), one triangle of tiles, mirrored.
 
     Args:
         x: (B, P, m, k).
         out: written.
         precision: of the products: "tf32", "tf32x3" or "ieee".
-        reduce: "none"; "norms": return (B, 2, tiles, m), the sums of |out| and of |out|^2 over
-            the columns of each tile; "defect": return (B, programs), sums of |I - out|^2.
+        reduce: "none": return nothing of use; "norms": return (B, 2, tiles, m), the sums of |out|
+            and of |out|^2 over the columns of each tile; "defect": out = X X^H - I, and return
+            (B, programs), sums of |out|^2.
     """
     return _adjoint_product(x, x, out, precision, two=False, reduce=reduce, skew=0)
 
@@ -33,7 +34,7 @@ def two_sided(
     skew: int,
     scale: Tensor | None = None,
     reduce: str = "none",
-) -> Tensor | None:
+) -> Tensor:
     """Write out = s (A B^H + B A^H), or s (A B^H - B A^H) for the first `skew` matrices.
 
     Args:
@@ -41,17 +42,12 @@ def two_sided(
         right: B, (B', P, m, k): matrix b of the left meets matrix b mod B'.
         out: (B, P, m, m), written.
         scale: s, (B,), or None for 1.
-        reduce: "none", or "inner": return (B, 2, programs), sums of |A|^2 and of Re(conj(A) out),
-            for A as square and as symmetric as out.
+        reduce: "none": return nothing of use; "inner": return (B, 2, programs), sums of |A|^2
+            and of Re(conj(A) out), for A as square and as symmetric as out.
     """
-    options = {"two": True, "reduce": reduce, "skew": skew}
-    return _adjoint_product(left, right, out, precision, scale=scale, **options)
-
-
-def _programs(rows: int, precision: str) -> int:
-    """Return how many tiles of a self-adjoint product each matrix is computed in."""
-    tiles = triton.cdiv(rows, tile_size(rows, precision))
-    return tiles * (tiles // 2 + 1)
+    return _adjoint_product(
+        left, right, out, precision, two=True, reduce=reduce, skew=skew, scale=scale
+    )
 
 
 def _adjoint_product(
@@ -64,20 +60,19 @@ def _adjoint_product(
     reduce: str,
     skew: int,
     scale: Tensor | None = None,
-) -> Tensor | None:
+) -> Tensor:
     batch, planes, rows, depth = left.shape
-    tile = tile_size(rows, precision)
-    programs = _programs(rows, precision)
+    tile = tile_size(rows, planes, precision, generation(left))
     tiles = triton.cdiv(rows, tile)
-    shapes = {"norms": (batch, 2, tiles, rows), "defect": (batch, programs)}
-    shapes |= {"inner": (batch, 2, programs)}
-    partial = None if reduce == "none" else left.new_empty(shapes[reduce])
+    programs = tiles * (tiles // 2 + 1)
+    shapes = {"none": (0,), "norms": (batch, 2, tiles, rows), "defect": (batch, programs)}
+    partial = left.new_empty(shapes.get(reduce, (batch, 2, programs)))
     polar_adjoint_kernel[(batch * programs,)](
         left,
         right,
         out if scale is None else scale,
         out,
-        out if partial is None else partial,
+        partial,
         rows,
         depth,
         len(right),
@@ -90,7 +85,7 @@ def _adjoint_product(
         DEPTH=DEPTH,
         PRECISION=precision,
         num_warps=warps(tile),
-        num_stages=stages(tile),
+        num_stages=STAGES,
     )
     return partial
 
@@ -129,35 +124,53 @@ def polar_adjoint_kernel(
             tl.store(partial + batch * 2 * programs + program, 0.0)
             tl.store(partial + (batch * 2 + 1) * programs + program, 0.0)
     else:
-        i = row * TILE + tl.arange(0, TILE)
-        j = column * TILE + tl.arange(0, TILE)
+        # Places in a tile are 32-bit numbers, what they are added to is not.
+        i, j = row * TILE + tl.arange(0, TILE), column * TILE + tl.arange(0, TILE)
+        above, before = (row * TILE).to(tl.int64), (column * TILE).to(tl.int64)
         plane = tl.cast(rows, tl.int64) * depth
         a = left + batch * PLANES * plane
         b = right + (batch % right_count) * PLANES * plane
+        down, across = above * depth, before * depth
         re = tl.zeros((TILE, TILE), tl.float32)
         im = tl.zeros((TILE, TILE), tl.float32)
-        re, im = _product(a, b, i, j, rows, depth, plane, re, im, PLANES, DEPTH, PRECISION)
+        re, im = _product(
+            a + down, b + across, i < rows, j < rows, depth, plane, re, im, PLANES, DEPTH, PRECISION
+        )
         sign = tl.where(batch < skew, -1.0, 1.0)
         if TWO:
             re, im = sign * re, sign * im
-            re, im = _product(b, a, i, j, rows, depth, plane, re, im, PLANES, DEPTH, PRECISION)
+            re, im = _product(
+                b + down,
+                a + across,
+                i < rows,
+                j < rows,
+                depth,
+                plane,
+                re,
+                im,
+                PLANES,
+                DEPTH,
+                PRECISION,
+            )
             re, im = sign * re, sign * im
         if SCALED:
             factor = tl.load(scale + batch)
             re, im = factor * re, factor * im
         inside = (i < rows)[:, None] & (j < rows)[None, :]
-        here = i.to(tl.int64)[:, None] * rows + j[None, :]
-        mirrored = j.to(tl.int64)[:, None] * rows + i[None, :]
+        if REDUCE == "defect":
+            re = tl.where((i[:, None] == j[None, :]) & inside, re - 1.0, re)
         square = tl.cast(rows, tl.int64) * rows
-        out += batch * PLANES * square
-        tl.store(out + here, re, mask=inside)
+        here = out + batch * PLANES * square + above * rows + before
+        mirrored = out + batch * PLANES * square + before * rows + above
+        at = tl.arange(0, TILE)[:, None] * rows + tl.arange(0, TILE)[None, :]
+        tl.store(here + at, re, mask=inside)
         if PLANES == 2:
-            tl.store(out + square + here, im, mask=inside)
+            tl.store(here + square + at, im, mask=inside)
         if distance > 0:
-            tl.store(out + mirrored, sign * tl.trans(re), mask=tl.trans(inside))
+            there = (j < rows)[:, None] & (i < rows)[None, :]
+            tl.store(mirrored + at, sign * tl.trans(re), mask=there)
             if PLANES == 2:
-                opposite = -sign * tl.trans(im)
-                tl.store(out + square + mirrored, opposite, mask=tl.trans(inside))
+                tl.store(mirrored + square + at, -sign * tl.trans(im), mask=there)
         times = tl.where(distance > 0, 2.0, 1.0)
         if REDUCE == "norms":
             power = re * re + im * im if PLANES == 2 else re * re
@@ -170,14 +183,14 @@ def polar_adjoint_kernel(
                 tl.store(sums, tl.sum(size, axis=0), mask=j < rows)
                 tl.store(sums + tiles * rows, tl.sum(power, axis=0), mask=j < rows)
         if REDUCE == "defect":
-            off = tl.where((i[:, None] == j[None, :]) & inside, re - 1.0, re)
-            power = off * off + im * im if PLANES == 2 else off * off
+            power = re * re + im * im if PLANES == 2 else re * re
             tl.store(partial + batch * programs + program, times * tl.sum(power))
         if REDUCE == "inner":
-            a_tile = tl.load(a + here, mask=inside, other=0.0)
+            a += above * rows + before
+            a_tile = tl.load(a + at, mask=inside, other=0.0)
             own, both = a_tile * a_tile, a_tile * re
             if PLANES == 2:
-                a_tile = tl.load(a + square + here, mask=inside, other=0.0)
+                a_tile = tl.load(a + square + at, mask=inside, other=0.0)
                 own += a_tile * a_tile
                 both += a_tile * im
             sums = partial + batch * 2 * programs + program
@@ -189,9 +202,8 @@ def polar_adjoint_kernel(
 def _product(
     a,
     b,
-    i,
-    j,
-    rows,
+    in_a,
+    in_b,
     depth,
     plane,
     re,
@@ -200,19 +212,18 @@ def _product(
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(re, im) + A_i B_j^H."""
+    """(re, im) + A B^H for the rows of two tiles."""
     k = tl.arange(0, DEPTH)
-    at_a = i.to(tl.int64)[:, None] * depth + k[None, :]
-    at_b = j.to(tl.int64)[:, None] * depth + k[None, :]
+    at = tl.arange(0, in_a.shape[0])[:, None] * depth + k[None, :]
     for start in range(0, depth, DEPTH):
         deep = (k < depth - start)[None, :]
-        a_inside, b_inside = (i < rows)[:, None] & deep, (j < rows)[:, None] & deep
-        a_re = tl.load(a + start + at_a, mask=a_inside, other=0.0)
-        b_re = tl.load(b + start + at_b, mask=b_inside, other=0.0)
+        a_inside, b_inside = in_a[:, None] & deep, in_b[:, None] & deep
+        a_re = tl.load(a + start + at, mask=a_inside, other=0.0)
+        b_re = tl.load(b + start + at, mask=b_inside, other=0.0)
         re = tl.dot(a_re, tl.trans(b_re), re, input_precision=PRECISION)
         if PLANES == 2:
-            a_im = tl.load(a + plane + start + at_a, mask=a_inside, other=0.0)
-            b_im = tl.load(b + plane + start + at_b, mask=b_inside, other=0.0)
+            a_im = tl.load(a + plane + start + at, mask=a_inside, other=0.0)
+            b_im = tl.load(b + plane + start + at, mask=b_inside, other=0.0)
             re = tl.dot(a_im, tl.trans(b_im), re, input_precision=PRECISION)
             im = tl.dot(a_im, tl.trans(b_re), im, input_precision=PRECISION)
             im = tl.dot(-a_re, tl.trans(b_im), im, input_precision=PRECISION)

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DEPTH = 32  # numbers of the summed axis that one step of a product reads
+DEPTH = 16  # numbers of the summed axis that one step of a product reads
+STAGES = 3  # of the pipeline of such steps
 
 
 def multiply(
@@ -37,7 +38,7 @@ def multiply(
         out_turned: (B, P, n, m), written, or None.
     """
     batch, planes, columns, rows = turned.shape
-    tile = tile_size(rows, precision)
+    tile = tile_size(rows, planes, precision, generation(turned))
     programs = triton.cdiv(rows, tile) * triton.cdiv(columns, tile)
     polar_multiply_kernel[(batch * programs,)](
         s,
@@ -59,7 +60,7 @@ def multiply(
         DEPTH=DEPTH,
         PRECISION=precision,
         num_warps=warps(tile),
-        num_stages=stages(tile),
+        num_stages=STAGES,
     )
 
 
@@ -71,18 +72,22 @@ def default_precision() -> str:
     return "tf32" if matmul.allow_tf32 else "ieee"
 
 
-def tile_size(rows: int, precision: str) -> int:
-    if rows <= 32:
+def tile_size(rows: int, planes: int, precision: str, generation: int) -> int:
+    """Return the side of the tiles that one program computes, on GPUs of this generation."""
+    # An Ampere GPU holds operands in registers, in two parts for "tf32x3": larger tiles spill.
+    if rows <= 32 or (generation < 9 and planes == 2 and precision == "tf32x3"):
         return 32
-    return 128 if rows >= 256 and precision == "tf32" else 64
+    return 128 if rows >= 256 and planes == 1 and precision == "tf32" else 64
+
+
+def generation(x: Tensor) -> int:
+    """Return the major compute capability of the GPU that x is on."""
+    return torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 0
 
 
 def warps(tile: int) -> int:
-    return 8 if tile == 128 else 4
-
-
-def stages(tile: int) -> int:
-    return 2 if tile == 128 else 3
+    """Return how many warps compute a tile."""
+    return 4 if tile == 32 else 8
 
 
 @triton.jit
@@ -111,48 +116,52 @@ def polar_multiply_kernel(
     down, across = tl.cdiv(rows, TILE), tl.cdiv(columns, TILE)
     batch = (tl.program_id(0) // (down * across)).to(tl.int64)
     program = tl.program_id(0) % (down * across)
-    i = (program // across) * TILE + tl.arange(0, TILE)
-    j = (program % across) * TILE + tl.arange(0, TILE)
+    # Places in a tile are 32-bit numbers, what they are added to is not.
+    above, before = program // across * TILE, program % across * TILE
+    i, j = above + tl.arange(0, TILE), before + tl.arange(0, TILE)
+    above, before = above.to(tl.int64), before.to(tl.int64)
     if SCALED:
         a *= tl.load(factors + batch * 3)
         b *= tl.load(factors + batch * 3 + 1)
         c *= tl.load(factors + batch * 3 + 2)
     square, plane = tl.cast(rows, tl.int64) * rows, tl.cast(rows, tl.int64) * columns
-    s += batch * PLANES * square
-    s2 += batch * PLANES * square
-    turned += batch * PLANES * plane
+    s += batch * PLANES * square + above * rows
+    s2 += batch * PLANES * square + above * rows
+    turned += batch * PLANES * plane + before * rows
     k = tl.arange(0, DEPTH)
-    at_m = i.to(tl.int64)[:, None] * rows + k[None, :]
-    at_x = j.to(tl.int64)[:, None] * rows + k[None, :]
+    at = tl.arange(0, TILE)[:, None] * rows + k[None, :]
     re = tl.zeros((TILE, TILE), tl.float32)
     im = tl.zeros((TILE, TILE), tl.float32)
     for start in range(0, rows, DEPTH):
         deep = (k < rows - start)[None, :]
         in_m, in_x = (i < rows)[:, None] & deep, (j < columns)[:, None] & deep
-        m_re = b * tl.load(s + start + at_m, mask=in_m, other=0.0)
+        m_re = b * tl.load(s + start + at, mask=in_m, other=0.0)
         if SQUARE:
-            m_re += c * tl.load(s2 + start + at_m, mask=in_m, other=0.0)
-        x_re = tl.load(turned + start + at_x, mask=in_x, other=0.0)
+            m_re += c * tl.load(s2 + start + at, mask=in_m, other=0.0)
+        x_re = tl.load(turned + start + at, mask=in_x, other=0.0)
         re = tl.dot(m_re, tl.trans(x_re), re, input_precision=PRECISION)
         if PLANES == 2:
-            m_im = b * tl.load(s + square + start + at_m, mask=in_m, other=0.0)
+            m_im = b * tl.load(s + square + start + at, mask=in_m, other=0.0)
             if SQUARE:
-                m_im += c * tl.load(s2 + square + start + at_m, mask=in_m, other=0.0)
-            x_im = tl.load(turned + plane + start + at_x, mask=in_x, other=0.0)
+                m_im += c * tl.load(s2 + square + start + at, mask=in_m, other=0.0)
+            x_im = tl.load(turned + plane + start + at, mask=in_x, other=0.0)
             re = tl.dot(-m_im, tl.trans(x_im), re, input_precision=PRECISION)
             im = tl.dot(m_re, tl.trans(x_im), im, input_precision=PRECISION)
             im = tl.dot(m_im, tl.trans(x_re), im, input_precision=PRECISION)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
-    here = batch * PLANES * plane + i.to(tl.int64)[:, None] * columns + j[None, :]
-    there = batch * PLANES * plane + j.to(tl.int64)[:, None] * rows + i[None, :]
+    here = batch * PLANES * plane + above * columns + before
+    there = batch * PLANES * plane + before * rows + above
+    at = tl.arange(0, TILE)[:, None] * columns + tl.arange(0, TILE)[None, :]
+    at_turned = tl.arange(0, TILE)[:, None] * rows + tl.arange(0, TILE)[None, :]
+    inside_turned = (j < columns)[:, None] & (i < rows)[None, :]
     if ADD:
-        re += a * tl.load(add + here, mask=inside, other=0.0)
-    tl.store(out + here, re, mask=inside)
+        re += a * tl.load(add + here + at, mask=inside, other=0.0)
+    tl.store(out + here + at, re, mask=inside)
     if TURN:
-        tl.store(out_turned + there, tl.trans(re), mask=tl.trans(inside))
+        tl.store(out_turned + there + at_turned, tl.trans(re), mask=inside_turned)
     if PLANES == 2:
         if ADD:
-            im += a * tl.load(add + plane + here, mask=inside, other=0.0)
-        tl.store(out + plane + here, im, mask=inside)
+            im += a * tl.load(add + plane + here + at, mask=inside, other=0.0)
+        tl.store(out + plane + here + at, im, mask=inside)
         if TURN:
-            tl.store(out_turned + plane + there, tl.trans(im), mask=tl.trans(inside))
+            tl.store(out_turned + plane + there + at_turned, tl.trans(im), mask=inside_turned)
