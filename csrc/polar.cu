@@ -21,7 +21,7 @@ float shared_memory[200 * 1024 / sizeof(float)];
 
 // X, S, S^2 stay in shared memory; a step ends with X <- a X + M X, M = b S + c S^2 in place of S.
 template <int kPlanes, int kEach>
-__global__ void __launch_bounds__(kPolarThreads) polar_forward_kernel(PolarParams p) {
+__global__ void __launch_bounds__(kPolarThreads, 2) polar_forward_kernel(PolarParams p) {
   using Sums = Tile<kPlanes, kEach>;
   const int m = p.rows, n = p.columns;
   const Matrix x{shared_memory, m, n, polar_stride(n)};
@@ -119,7 +119,8 @@ __global__ void __launch_bounds__(kPolarThreads) polar_forward_kernel(PolarParam
 
 // dL/dx = L W + H^-1 (G - G W^H W): H L + L H = G W^H - W G^H first, then H Y + Y H = 2 I for H^-1.
 template <int kPlanes, int kEach>
-__global__ void __launch_bounds__(kPolarThreads) polar_backward_kernel(PolarParams p) {
+__global__ void __launch_bounds__(kPolarThreads, kEach == 4 ? 1 : 2)
+    polar_backward_kernel(PolarParams p) {
   using Sums = Tile<kPlanes, kEach>;
   const int m = p.rows, n = p.columns;
   const Matrix h{shared_memory, m, m, polar_stride(m)};

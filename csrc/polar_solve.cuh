@@ -42,14 +42,19 @@ __device__ __forceinline__ void add_adjoint(Tile<kPlanes, kEach>& tile, const Ma
   });
 }
 
+// Re tr(A^H B) of a matrix in shared memory and one that the threads hold.
 template <int kPlanes, int kEach>
-__device__ __forceinline__ float inner(const Tile<kPlanes, kEach>& a,
-                                   const Tile<kPlanes, kEach>& b, float* scratch) {
+__device__ __forceinline__ float inner(const Matrix& a, const Tile<kPlanes, kEach>& b,
+                                       float* scratch) {
   float sum = 0;
-  Tile<kPlanes, kEach>::each([&](int u, int v, int, int) {
-#pragma unroll
-    for (int p = 0; p < kPlanes; ++p) sum += a.at[p][u][v] * b.at[p][u][v];
-  });
+  b.store(a.rows, a.rows, [&](int p, int i, int j, float value) { sum += a(p, i, j) * value; });
+  return sum_all(sum, scratch);
+}
+
+template <int kPlanes, int kEach>
+__device__ __forceinline__ float squares(const Tile<kPlanes, kEach>& a, int m, float* scratch) {
+  float sum = 0;
+  a.store(m, m, [&](int, int, int, float value) { sum += value * value; });
   return sum_all(sum, scratch);
 }
 
@@ -63,7 +68,7 @@ __device__ __forceinline__ void solve(const Matrix& h, Tile<kPlanes, kEach>& r, 
   const auto put = [&](int p, int i, int j, float value) { direction(p, i, j) = value; };
   r.store(m, m, put);
   Sums x;
-  float rr = inner(r, r, scratch);
+  float rr = squares(r, m, scratch);
   const float enough = rr * 1e-12f;
   for (int step = 0; step < steps; ++step) {
     if (rr <= enough) break;  // the same for the whole block
@@ -71,20 +76,19 @@ __device__ __forceinline__ void solve(const Matrix& h, Tile<kPlanes, kEach>& r, 
     Sums image;
     multiply<false, false>(h, direction, image);
     add_adjoint(image, buffer, sign);
-    Sums own;
-    own.load(m, m, [&](int p, int i, int j) { return direction(p, i, j); });
-    const float curvature = inner(own, image, scratch);
+    const float curvature = inner(direction, image, scratch);
     if (curvature <= 0) break;
     const float alpha = rr / curvature;
-    Sums::each([&](int u, int v, int, int) {
+    Sums::each([&](int u, int v, int i, int j) {
+      if (i >= m || j >= m) return;
 #pragma unroll
       for (int p = 0; p < kPlanes; ++p) {
-        x.at[p][u][v] += alpha * own.at[p][u][v];
+        x.at[p][u][v] += alpha * direction(p, i, j);
         r.at[p][u][v] -= alpha * image.at[p][u][v];
       }
     });
     const float last = rr;
-    rr = inner(r, r, scratch);
+    rr = squares(r, m, scratch);
     r.store(m, m, [&](int p, int i, int j, float value) {
       direction(p, i, j) = value + rr / last * direction(p, i, j);
     });
