@@ -32,6 +32,8 @@ def polar_forward(
         W (B, P, m, n), and the Frobenius norm of I - S at the last step, (B,).
     """
     batch, planes, rows, columns = x.shape
+    if schedule[-1][2]:
+        raise ValueError(f"polar: the last step must have c = 0, got {schedule[-1]}")
     if x.numel() == 0:
         return torch.empty_like(x), x.new_zeros(batch)
     precision, last_precision = _precisions(schedule)

@@ -134,7 +134,18 @@ def polar_adjoint_kernel(
         re = tl.zeros((TILE, TILE), tl.float32)
         im = tl.zeros((TILE, TILE), tl.float32)
         re, im = _product(
-            a + down, b + across, i < rows, j < rows, depth, plane, re, im, PLANES, DEPTH, PRECISION
+            a + down,
+            b + across,
+            i < rows,
+            j < rows,
+            depth,
+            plane,
+            re,
+            im,
+            PLANES,
+            TILE,
+            DEPTH,
+            PRECISION,
         )
         sign = tl.where(batch < skew, -1.0, 1.0)
         if TWO:
@@ -149,6 +160,7 @@ def polar_adjoint_kernel(
                 re,
                 im,
                 PLANES,
+                TILE,
                 DEPTH,
                 PRECISION,
             )
@@ -209,12 +221,13 @@ def _product(
     re,
     im,
     PLANES: tl.constexpr,
+    TILE: tl.constexpr,
     DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(re, im) + A B^H for the rows of two tiles."""
     k = tl.arange(0, DEPTH)
-    at = tl.arange(0, in_a.shape[0])[:, None] * depth + k[None, :]
+    at = tl.arange(0, TILE)[:, None] * depth + k[None, :]
     for start in range(0, depth, DEPTH):
         deep = (k < depth - start)[None, :]
         a_inside, b_inside = in_a[:, None] & deep, in_b[:, None] & deep

@@ -154,3 +154,34 @@ def test_precision_follows_the_settings_but_for_the_last_step(monkeypatch):
         monkeypatch.setattr(polar, "default_precision", lambda setting=setting: setting)
         assert polar._precisions([step] * 5) == short
         assert polar._precisions([step] * 7) == long
+
+
+def test_tf32_leaves_the_last_step_exact(monkeypatch):
+    """The interpreter multiplies exactly: here it cuts TF32 operands as a tensor core may."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from lipfast.kernels import polar
+
+    multiply, seen = InterpreterBuilder.create_dot, set()
+
+    def rounded(builder, a, b, accumulator, precision, *rest):
+        seen.add(str(precision).rpartition(".")[2])
+        if str(precision).endswith(".TF32"):
+            for operand in (a, b):
+                operand.data = (operand.data.view("int32") & ~0x1FFF).view("float32")
+        return multiply(builder, a, b, accumulator, precision, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", rounded)
+    monkeypatch.setattr(polar, "default_precision", lambda: "tf32")
+    x = truth.draw(1, 2, 17, 34, conditioning=3.0)
+    w, _ = polar.polar_forward(x, truth.SCHEDULE)
+    assert seen == {"TF32", "TF32x3"}
+    matrix = truth.from_planes(w)
+    identity = torch.eye(17, dtype=matrix.dtype)
+    assert torch.linalg.matrix_norm(matrix @ matrix.mH - identity, 2) <= 1e-5
+    assert truth.largest_singular_value(w) <= 1 + 1e-6
+    # W is that of a matrix some units of TF32's 2^-10 away
+    assert 1e-5 < truth.relative_error(w, truth.polar_factor(x)) <= 5e-3
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    expected = truth.derivative(grad, x)
+    assert truth.relative_error(polar.polar_backward(grad, x, w, 10), expected) <= 5e-3
