@@ -61,24 +61,30 @@ __device__ __forceinline__ float squares(const Tile<kPlanes, kEach>& a, int m, f
 // Solves H X + X H = R for X^H = sign X, by conjugate gradients; `direction` ends as X.
 template <int kPlanes, int kEach>
 __device__ __forceinline__ void solve(const Matrix& h, Tile<kPlanes, kEach>& r, float sign,
-                                      int steps, const Matrix& direction,
-                                      const Matrix& buffer, float* scratch) {
+                                      int steps, const Matrix& direction, const Matrix& buffer,
+                                      float* scratch) {
   using Sums = Tile<kPlanes, kEach>;
   const int m = h.rows;
-  const auto put = [&](int p, int i, int j, float value) { direction(p, i, j) = value; };
-  r.store(m, m, put);
+  r.store(m, m, [&](int p, int i, int j, float value) { direction(p, i, j) = value; });
   Sums x;
   float rr = squares(r, m, scratch);
   const float enough = rr * 1e-12f;
+  float alpha = 0;
   for (int step = 0; step < steps; ++step) {
-    if (rr <= enough) break;  // the same for the whole block
+    if (rr <= enough) {  // the same for the whole block
+      alpha = 0;
+      break;
+    }
     __syncthreads();
     Sums image;
     multiply<false, false>(h, direction, image);
     add_adjoint(image, buffer, sign);
     const float curvature = inner(direction, image, scratch);
-    if (curvature <= 0) break;
-    const float alpha = rr / curvature;
+    if (curvature <= 0) {
+      alpha = 0;
+      break;
+    }
+    alpha = rr / curvature;
     Sums::each([&](int u, int v, int i, int j) {
       if (i >= m || j >= m) return;
 #pragma unroll
@@ -93,8 +99,11 @@ __device__ __forceinline__ void solve(const Matrix& h, Tile<kPlanes, kEach>& r, 
       direction(p, i, j) = value + rr / last * direction(p, i, j);
     });
   }
+  // One more step, as long as the last: no product, and nearly as good as one of its own length.
   __syncthreads();
-  x.store(m, m, put);
+  x.store(m, m, [&](int p, int i, int j, float value) {
+    direction(p, i, j) = value + alpha * direction(p, i, j);
+  });
   __syncthreads();
 }
 

@@ -182,6 +182,7 @@ def _solve(h: Tensor, right: Tensor, skew: int, steps: int, precision: str) -> T
             size,
             tiles,
             FIRST=step == 0,
+            LAST=step == steps - 1,
             TILES=triton.next_power_of_2(tiles),
             BLOCK=_BLOCK,
             num_warps=8,
@@ -246,6 +247,7 @@ def polar_update_kernel(
     size,
     tiles,
     FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -278,13 +280,17 @@ def polar_update_kernel(
     r_old = tl.load(left + here, mask=inside)
     direction = r_old
     image = tl.load(product + here, mask=inside)
-    if FIRST:
-        tl.store(solution + here, alpha * direction, mask=inside)
-    else:
+    change = alpha * direction
+    if not FIRST:
         direction += beta * tl.load(p + here, mask=inside)
         image += beta * tl.load(hp + here, mask=inside)
-        old = tl.load(solution + here, mask=inside)
-        tl.store(solution + here, old + alpha * direction, mask=inside)
-    tl.store(p + here, direction, mask=inside)
-    tl.store(hp + here, image, mask=inside)
-    tl.store(r + here, r_old - alpha * image, mask=inside)
+        change = tl.load(solution + here, mask=inside) + alpha * direction
+    r_new = r_old - alpha * image
+    if LAST:
+        # One more step, with the factors of the last: no product, and nearly as good as its own.
+        change += alpha * (r_new + beta * direction)
+    else:
+        tl.store(p + here, direction, mask=inside)
+        tl.store(hp + here, image, mask=inside)
+        tl.store(r + here, r_new, mask=inside)
+    tl.store(solution + here, change, mask=inside)

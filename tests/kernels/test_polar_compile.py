@@ -133,8 +133,8 @@ def test_products_compile_without_spills(product, planes, rows, precision, arch,
     [
         ("polar_scale_kernel", {"TILE": 32}),
         ("polar_normaliser_kernel", {"BLOCK": 1024}),
-        ("polar_update_kernel", {"FIRST": True, "TILES": 64, "BLOCK": 1024}),
-        ("polar_update_kernel", {"FIRST": False, "TILES": 64, "BLOCK": 1024}),
+        ("polar_update_kernel", {"FIRST": True, "LAST": False, "TILES": 64, "BLOCK": 1024}),
+        ("polar_update_kernel", {"FIRST": False, "LAST": False, "TILES": 64, "BLOCK": 1024}),
     ],
 )
 def test_other_kernels_compile_without_spills(name, constants, tmp_path):
@@ -150,6 +150,6 @@ def test_sizes_of_one_compile(name):
         "polar_multiply_kernel": PRODUCTS["step"][1] | tile,
         "polar_scale_kernel": {"TILE": 32},
         "polar_normaliser_kernel": {"BLOCK": 1},
-        "polar_update_kernel": {"FIRST": False, "TILES": 1, "BLOCK": 1024},
+        "polar_update_kernel": {"FIRST": False, "LAST": True, "TILES": 1, "BLOCK": 1024},
     }
     compile_kernel(name, 90, constants[name], 4, 3, ones=SIZES[name])
