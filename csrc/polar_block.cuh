@@ -126,13 +126,21 @@ template <typename Combine>
 __device__ __forceinline__ float combine_all(float value, float* scratch, Combine combine) {
   const int thread = threadIdx.y * kSide + threadIdx.x;
   __syncthreads();  // whoever reads the last contents is done
-  scratch[thread] = value;
-  __syncthreads();
-  for (int half = kPolarThreads / 2; half > 0; half /= 2) {
-    if (thread < half) scratch[thread] = combine(scratch[thread], scratch[thread + half]);
-    __syncthreads();
+#if defined(__CUDA_ARCH__)
+  constexpr int kWarp = 32;
+#pragma unroll
+  for (int lane = kWarp / 2; lane > 0; lane /= 2) {
+    value = combine(value, __shfl_xor_sync(0xffffffffu, value, lane));
   }
-  return scratch[0];
+  if (thread % kWarp == 0) scratch[thread / kWarp] = value;
+#else  // without shuffles, each thread is a warp
+  constexpr int kWarp = 1;
+  scratch[thread] = value;
+#endif
+  __syncthreads();
+  value = scratch[0];
+  for (int warp = 1; warp < kPolarThreads / kWarp; ++warp) value = combine(value, scratch[warp]);
+  return value;
 }
 
 __device__ __forceinline__ float sum_all(float value, float* scratch) {

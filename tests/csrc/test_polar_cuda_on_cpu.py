@@ -150,6 +150,30 @@ def test_two_calls_give_the_same_bits(library):
     assert all(map(torch.equal, *runs))
 
 
+def test_reasons_and_bad_sizes():
+    from lipfast import backends
+    from lipfast.ops import polar_cuda
+
+    extension = backends.extension()
+    if extension is None:
+        pytest.skip("lipfast._C is not built")
+    assert polar_cuda.size_can_run(2, 64, 128) is None
+    assert "up to 64 rows" in polar_cuda.size_can_run(1, 65, 65)
+    assert "bytes of shared memory" in polar_cuda.size_can_run(2, 64, 300)
+    assert "may have 49152" in polar_cuda.size_can_run(2, 64, 64, limit=48 * 1024)
+    sizes = {"batch": 1, "planes": 2, "rows": 3, "columns": 4, "steps": 1, "schedule": []}
+    addresses = dict.fromkeys(["x", "grad", "w", "out"], 16)
+    extension.PolarParams(**addresses, **sizes)
+    for wrong in (
+        *[{"batch": -1}, {"planes": 3}, {"rows": 5}, {"rows": 65, "columns": 65}, {"steps": 0}],
+        *[{"schedule": [(1, 1, 1)] * 2}, {"steps": 17, "schedule": [(1, 1, 1)] * 17}],
+    ):
+        with pytest.raises(ValueError, match="polar: "):
+            extension.PolarParams(**addresses, **(sizes | wrong))
+    with pytest.raises(ValueError, match="only grad may be null"):
+        extension.PolarParams(**(addresses | {"w": 0}), **sizes)
+
+
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
 def test_nvcc_compiles_without_spills(tmp_path):
     command = [NVCC, "-std=c++17", "-O3", "-cubin", "-arch=sm_90", "-Xptxas=-v"]
