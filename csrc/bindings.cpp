@@ -1,9 +1,13 @@
 // Python bindings: argument checks and m.def lines. Tensors come as addresses and sizes, so that the
 // extension needs no torch; lipfast.ops checks dtype, layout and device before.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -13,6 +17,7 @@
 #include "cayley.h"
 #include "gram_bound.h"
 #include "maxmin.h"
+#include "polar.h"
 
 namespace py = pybind11;
 using namespace lipfast;
@@ -73,6 +78,25 @@ CayleyParams cayley_params(uintptr_t matrix, uintptr_t other, uintptr_t out, int
   check(batch * n == 0 || (matrix && out), "cayley: matrix and out must not be null");
   return {address<const void>(matrix), address<const void>(other), address<void>(out), batch, rows,
           n, parts, is_double};
+}
+
+PolarParams polar_params(uintptr_t x, uintptr_t grad, uintptr_t w, uintptr_t out, int64_t batch,
+                         int planes, int rows, int columns, int steps,
+                         const std::vector<std::array<double, 3>>& schedule) {
+  check(batch >= 0, "polar: batch must not be negative");
+  check(planes == 1 || planes == 2, "polar: planes must be 1 or 2");
+  check(1 <= rows && rows <= kPolarMaxRows && rows <= columns,
+        "polar: rows must be at most " + std::to_string(kPolarMaxRows) + " and at most columns");
+  check(steps >= 1, "polar: steps must be positive");
+  check(schedule.empty() || (int(schedule.size()) == steps && steps <= kPolarMaxSteps),
+        "polar: a schedule has at most " + std::to_string(kPolarMaxSteps) + " steps");
+  check(batch == 0 || (x && w && out), "polar: only grad may be null");
+  PolarParams params{address<const float>(x), address<const float>(grad), address<float>(w),
+                     address<float>(out), batch, planes, rows, columns, steps, {}};
+  for (size_t i = 0; i < schedule.size(); ++i) {
+    std::copy(schedule[i].begin(), schedule[i].end(), params.schedule[i]);
+  }
+  return params;
 }
 
 int openmp_threads() {
@@ -137,6 +161,14 @@ PYBIND11_MODULE(_C, m) {
     cayley_backward_cpu(params);
   }, no_gil);
 
+  py::class_<PolarParams>(m, "PolarParams")
+      .def(py::init(&polar_params), py::arg("x"), py::arg("grad"), py::arg("w"), py::arg("out"),
+           py::arg("batch"), py::arg("planes"), py::arg("rows"), py::arg("columns"),
+           py::arg("steps"), py::arg("schedule"));
+  m.attr("polar_max_rows") = kPolarMaxRows;
+  m.attr("polar_max_steps") = kPolarMaxSteps;
+  m.def("polar_shared_bytes", &polar_shared_bytes);
+
 #if defined(LIPFAST_CUDA_ARCHS)
   m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;
   m.attr("cuda_version") = LIPFAST_CUDA_VERSION;
@@ -163,6 +195,14 @@ PYBIND11_MODULE(_C, m) {
           "aol_rescale: grad_weight and partial must not be null");
     aol_rescale_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
+  m.def("polar_forward_cuda", [](const PolarParams& params, uintptr_t stream) {
+    polar_forward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("polar_backward_cuda", [](const PolarParams& params, uintptr_t stream) {
+    check(params.batch == 0 || params.grad, "polar: grad must not be null");
+    polar_backward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("polar_shared_limit", &polar_shared_limit);
 #else
   m.attr("cuda_archs") = "";
   m.attr("cuda_version") = py::none();
