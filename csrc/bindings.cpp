@@ -1,9 +1,11 @@
 // Python bindings: argument checks and m.def lines. Tensors come as addresses and sizes, so that the
 // extension needs no torch; lipfast.ops checks dtype, layout and device before.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -11,6 +13,7 @@
 
 #include "gram_bound.h"
 #include "maxmin.h"
+#include "skew_exp.h"
 
 namespace py = pybind11;
 using namespace lipfast;
@@ -50,6 +53,28 @@ GramBoundParams gram_bound_params(uintptr_t taps, uintptr_t a, uintptr_t q, uint
           address<int8_t>(signs), address<void>(out), batch, channels, depth, kh, kw, is_double};
 }
 
+SkewExpParams skew_exp_params(uintptr_t x, uintptr_t taps, uintptr_t out, uintptr_t terms,
+                              int64_t batch, int channels, int height, int width, int kh, int kw,
+                              bool circular, bool channels_last, int dtype, double a0,
+                              const std::vector<double>& ratios) {
+  check(batch >= 0 && channels >= 0 && height >= 0 && width >= 0,
+        "skew_exp: sizes must not be negative");
+  check(kh >= 1 && kh % 2 && kw >= 1 && kw % 2, "skew_exp: kh and kw must be odd");
+  check(dtype >= 0 && dtype <= 2, "skew_exp: dtype must be 0 (float64), 1 (float32) or 2 "
+                                  "(bfloat16), got " + std::to_string(dtype));
+  check(!ratios.empty() && ratios.size() <= kSkewExpMaxTerms,
+        "skew_exp: there must be 1 to " + std::to_string(kSkewExpMaxTerms) + " ratios, got " +
+            std::to_string(ratios.size()));
+  const bool empty = batch * channels * height * width == 0;
+  check(empty || (x && taps && out), "skew_exp: only terms may be null");
+  SkewExpParams params{address<const void>(x), address<const void>(taps), address<void>(out),
+                       address<void>(terms), batch, channels, height, width, kh, kw,
+                       int(ratios.size()), circular, channels_last, static_cast<DType>(dtype),
+                       a0, {}};
+  for (size_t k = 0; k < ratios.size(); ++k) params.ratios[k] = ratios[k];
+  return params;
+}
+
 int openmp_threads() {
 #if defined(_OPENMP)
   return omp_get_max_threads();
@@ -77,6 +102,16 @@ PYBIND11_MODULE(_C, m) {
            py::arg("depth"), py::arg("kh"), py::arg("kw"), py::arg("is_double"));
   m.attr("gram_bound_tile") = kGramBoundTile;
 
+  py::class_<SkewExpParams>(m, "SkewExpParams")
+      .def(py::init(&skew_exp_params), py::arg("x"), py::arg("taps"), py::arg("out"),
+           py::arg("terms"), py::arg("batch"), py::arg("channels"), py::arg("height"),
+           py::arg("width"), py::arg("kh"), py::arg("kw"), py::arg("circular"),
+           py::arg("channels_last"), py::arg("dtype"), py::arg("a0"), py::arg("ratios"));
+  m.attr("skew_exp_max_terms") = kSkewExpMaxTerms;
+  m.def("skew_exp_shared_bytes", [](int channels, int height, int width, int dtype) {
+    return skew_exp_shared_bytes(channels, height, width, static_cast<DType>(dtype));
+  });
+
 #if defined(LIPFAST_CUDA_ARCHS)
   m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;
   m.attr("cuda_version") = LIPFAST_CUDA_VERSION;
@@ -93,6 +128,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("gram_bound_backward_cuda", [](const GramBoundParams& params, uintptr_t stream) {
     check(params.a, "gram_bound: a must not be null");
     gram_bound_backward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("skew_exp_forward_cuda", [](const SkewExpParams& params, uintptr_t stream) {
+    skew_exp_forward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("skew_exp_backward_cuda", [](const SkewExpParams& params, uintptr_t stream) {
+    check(params.terms, "skew_exp: terms must not be null");
+    skew_exp_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
 #else
   m.attr("cuda_archs") = "";
