@@ -11,23 +11,23 @@ from lipfast import backends
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2}  # csrc/maxmin.h: DType
 
 
-def can_run(x: Tensor, kernel: Tensor, terms: int) -> str | None:
+def can_run(x: Tensor, terms: int, dtype: torch.dtype) -> str | None:
     """Return why the kernels cannot compute so many terms of x, or None.
 
     Args:
-        x: (n, c, h, w), of the dtype in which the convolutions run.
-        kernel: (c, c, kh, kw).
+        x: (n, c, h, w).
         terms: degree of the polynomial.
+        dtype: in which the convolutions run.
     """
     reason = backends.cuda_can_run(x)
     if reason is not None:
         return reason
-    if x.dtype not in _DTYPES:
-        return f"it computes in float64, float32 or bfloat16, and x has {x.dtype}"
+    if dtype not in _DTYPES:
+        return f"it computes in float64, float32 or bfloat16, not in {dtype}"
     extension = backends.extension()
     if terms > extension.skew_exp_max_terms:
         return f"it takes at most {extension.skew_exp_max_terms} terms, got {terms}"
-    needed = extension.skew_exp_shared_bytes(*x.shape[1:], _DTYPES[x.dtype])
+    needed = extension.skew_exp_shared_bytes(*x.shape[1:], _DTYPES[dtype])
     device = torch.cuda.get_device_properties(x.device)
     has = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
     if needed > has:

@@ -159,18 +159,21 @@ def test_shared_memory_counted_by_the_extension_is_that_of_two_maps():
 
 
 def test_refuses_without_a_gpu_and_what_does_not_fit(monkeypatch):
-    x, kernel, _ = draw((1, 4, 5, 5), 3, 3)
+    x = torch.empty(1, 64, 16, 16)
     if not torch.cuda.is_available():
-        assert skew_exp_cuda.can_run(x, kernel, 4)
+        assert skew_exp_cuda.can_run(x, 4, x.dtype)
     if backends.extension() is None:
         return
     monkeypatch.setattr(backends, "cuda_can_run", lambda x: None)
     gpu = SimpleNamespace(shared_memory_per_block_optin=232448, shared_memory_per_block=49152)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    assert skew_exp_cuda.can_run(torch.empty(1, 64, 16, 16), kernel, 4) is None
-    assert "33" in str(skew_exp_cuda.can_run(torch.empty(1, 4, 5, 5), kernel, 33))
-    assert "float16" in str(skew_exp_cuda.can_run(torch.empty(1, 4, 5, 5).half(), kernel, 4))
-    assert "shared memory" in str(skew_exp_cuda.can_run(torch.empty(1, 64, 32, 32), kernel, 4))
+    assert skew_exp_cuda.can_run(x, 4, torch.float32) is None
+    assert "33" in str(skew_exp_cuda.can_run(x, 33, torch.float32))
+    assert "float16" in str(skew_exp_cuda.can_run(x, 4, torch.float16))
+    assert "shared memory" in str(skew_exp_cuda.can_run(x, 4, torch.float64))
+    wide = torch.empty(1, 32, 32, 32)
+    assert "shared memory" in str(skew_exp_cuda.can_run(wide, 4, torch.float32))
+    assert skew_exp_cuda.can_run(wide, 4, torch.bfloat16) is None
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
