@@ -55,7 +55,8 @@ GramBoundParams gram_bound_params(uintptr_t taps, uintptr_t a, uintptr_t q, uint
 
 SkewExpParams skew_exp_params(uintptr_t x, uintptr_t taps, uintptr_t out, uintptr_t terms,
                               int64_t batch, int channels, int height, int width, int kh, int kw,
-                              bool circular, bool channels_last, int dtype, double a0,
+                              bool circular, bool channels_last, int dtype,
+                              bool tensor_cores, double a0,
                               const std::vector<double>& ratios) {
   check(batch >= 0 && channels >= 0 && height >= 0 && width >= 0,
         "skew_exp: sizes must not be negative");
@@ -70,7 +71,7 @@ SkewExpParams skew_exp_params(uintptr_t x, uintptr_t taps, uintptr_t out, uintpt
   SkewExpParams params{address<const void>(x), address<const void>(taps), address<void>(out),
                        address<void>(terms), batch, channels, height, width, kh, kw,
                        int(ratios.size()), circular, channels_last, static_cast<DType>(dtype),
-                       a0, {}};
+                       tensor_cores, a0, {}};
   for (size_t k = 0; k < ratios.size(); ++k) params.ratios[k] = ratios[k];
   return params;
 }
@@ -106,11 +107,16 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&skew_exp_params), py::arg("x"), py::arg("taps"), py::arg("out"),
            py::arg("terms"), py::arg("batch"), py::arg("channels"), py::arg("height"),
            py::arg("width"), py::arg("kh"), py::arg("kw"), py::arg("circular"),
-           py::arg("channels_last"), py::arg("dtype"), py::arg("a0"), py::arg("ratios"));
+           py::arg("channels_last"), py::arg("dtype"), py::arg("tensor_cores"), py::arg("a0"),
+           py::arg("ratios"));
   m.attr("skew_exp_max_terms") = kSkewExpMaxTerms;
-  m.def("skew_exp_shared_bytes", [](int channels, int height, int width, int dtype) {
-    return skew_exp_shared_bytes(channels, height, width, static_cast<DType>(dtype));
-  });
+  m.attr("skew_exp_each") = kSkewExpEach;
+  m.attr("skew_exp_tile") = kSkewExpTile;
+  m.def("skew_exp_shared_bytes",
+        [](int channels, int height, int width, int dtype, bool tensor_cores) {
+          return skew_exp_shared_bytes(channels, height, width, static_cast<DType>(dtype),
+                                       tensor_cores);
+        });
 
 #if defined(LIPFAST_CUDA_ARCHS)
   m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;

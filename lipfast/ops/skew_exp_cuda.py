@@ -27,7 +27,7 @@ def can_run(x: Tensor, terms: int, dtype: torch.dtype) -> str | None:
     extension = backends.extension()
     if terms > extension.skew_exp_max_terms:
         return f"it takes at most {extension.skew_exp_max_terms} terms, got {terms}"
-    needed = extension.skew_exp_shared_bytes(*x.shape[1:], _DTYPES[dtype])
+    needed = extension.skew_exp_shared_bytes(*x.shape[1:], _DTYPES[dtype], _tensor_cores(dtype))
     device = torch.cuda.get_device_properties(x.device)
     has = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
     if needed > has:
@@ -47,6 +47,8 @@ def skew_exp_forward(
     keep: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return y = a0 z_0 and the terms, z_n = x and z_(k-1) = x + r_k L z_k.
+
+    float32 is multiplied in TF32 where torch lets convolutions do so. Sums are at least float32.
 
     Args:
         x: float64, float32 or bfloat16; contiguous and channels-last memory is used as it is.
@@ -83,11 +85,29 @@ def skew_exp_backward(
     return _run("skew_exp_backward_cuda", grad, kernel, ratios, a0, padding_mode, True)
 
 
-def pack_taps(kernel: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the taps (kh, kw, in, out) of a kernel (c, c, kh, kw), channels filled up to four."""
-    rest = -kernel.shape[0] % 4
-    taps = kernel.permute(2, 3, 1, 0).to(torch.promote_types(dtype, torch.float32))
-    return F.pad(taps, (0, rest, 0, rest)).contiguous()
+def pack_taps(kernel: Tensor, dtype: torch.dtype, tensor_cores: bool) -> Tensor:
+    """Return the taps of a kernel (c, c, kh, kw) as csrc/skew_exp.h wants them."""
+    extension = backends.extension()
+    group = extension.skew_exp_tile if tensor_cores else extension.skew_exp_each
+    rest = -kernel.shape[0] % group
+    taps = F.pad(kernel.permute(2, 3, 1, 0).to(dtype), (0, rest, 0, rest))
+    if not tensor_cores:
+        return taps.contiguous()
+    if dtype == torch.float32:  # to TF32, by Dekker's splitting
+        large = taps * 8193.0
+        taps = large - (large - taps)
+    together = 8 // dtype.itemsize
+    return taps.unflatten(2, (-1, together)).transpose(3, 4).contiguous()
+
+
+def _tensor_cores(dtype: torch.dtype) -> bool:
+    """Whether products are those of tensor cores: float32 where torch's convolutions allow TF32."""
+    if dtype != torch.float32:
+        return dtype == torch.bfloat16
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        return cudnn.conv.fp32_precision == "tf32"
+    return cudnn.allow_tf32
 
 
 def _run(
@@ -111,7 +131,8 @@ def _run(
     terms = torch.empty((count * n, c, h, w), dtype=x.dtype, device=x.device, memory_format=layout)
     if x.numel() == 0:
         return out, terms.view(count, n, c, h, w)
-    taps = pack_taps(kernel, x.dtype)
+    tensor_cores = _tensor_cores(x.dtype)
+    taps = pack_taps(kernel, x.dtype, tensor_cores)
     extension = backends.extension()
     params = extension.SkewExpParams(
         x=x.data_ptr(),
@@ -127,6 +148,7 @@ def _run(
         circular=padding_mode == "circular",
         channels_last=channels_last,
         dtype=_DTYPES[x.dtype],
+        tensor_cores=tensor_cores,
         a0=a0,
         ratios=list(ratios),
     )

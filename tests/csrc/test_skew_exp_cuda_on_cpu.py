@@ -46,11 +46,14 @@ def launchers(library, monkeypatch, poisoned_empty):
             ctypes.c_bool(p.circular),
             ctypes.c_bool(p.channels_last),
             ctypes.c_int(p.dtype),
+            ctypes.c_bool(p.tensor_cores),
             ctypes.c_double(p.a0),
             (ctypes.c_double * len(p.ratios))(*p.ratios),
         )
 
     extension = SimpleNamespace(
+        skew_exp_each=4,
+        skew_exp_tile=16,
         SkewExpParams=SimpleNamespace,
         skew_exp_forward_cuda=lambda params, stream: run(True, params),
         skew_exp_backward_cuda=lambda params, stream: run(False, params),
@@ -93,21 +96,32 @@ SHAPES = [
 ]
 
 
+@pytest.fixture
+def tf32():
+    """Set whether torch's convolutions may use TF32."""
+    allowed = torch.backends.cudnn.allow_tf32
+    yield lambda allow: setattr(torch.backends.cudnn, "allow_tf32", allow)
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 @pytest.mark.parametrize(
-    ("dtype", "layout"),
+    ("dtype", "layout", "factors"),
     [
-        (torch.float64, torch.channels_last),
-        (torch.float32, torch.contiguous_format),
-        (torch.bfloat16, torch.channels_last),
+        (torch.float64, torch.channels_last, 2.0**-53),
+        (torch.float32, torch.contiguous_format, 2.0**-24),
+        (torch.float32, torch.channels_last, 2.0**-11),  # TF32
+        (torch.bfloat16, torch.channels_last, 2.0**-9),
+        (torch.bfloat16, torch.contiguous_format, 2.0**-9),
     ],
 )
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
 @pytest.mark.parametrize(("shape", "kh", "kw"), SHAPES)
-def test_forward_and_backward(launchers, shape, kh, kw, mode, dtype, layout):
+def test_forward_and_backward(launchers, tf32, shape, kh, kw, mode, dtype, layout, factors):
     x, kernel, grad = (t.to(dtype) for t in draw(shape, kh, kw))
     x, grad = (t.contiguous(memory_format=layout) for t in (x, grad))
     ratios = RATIOS[: 1 + shape[0]]
     exact = recurrence(x, kernel, grad, ratios, mode)
+    tf32(factors == 2.0**-11)
     arguments = (kernel, ratios, A0, mode)
     ours = (
         *launchers.skew_exp_forward(x, *arguments),
@@ -115,7 +129,9 @@ def test_forward_and_backward(launchers, shape, kh, kw, mode, dtype, layout):
     )
     # rounding of the elements, and of sums of so many products
     accumulated = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    tolerance = 2 * torch.finfo(dtype).eps + math.sqrt(shape[1] * kh * kw) / 4 * accumulated
+    tolerance = (
+        2 * torch.finfo(dtype).eps + 2 * factors + math.sqrt(shape[1] * kh * kw) / 4 * accumulated
+    )
     for value, reference in zip(ours, exact, strict=True):
         assert value.dtype == dtype
         assert value.shape == reference.shape
@@ -153,9 +169,15 @@ def test_shared_memory_counted_by_the_extension_is_that_of_two_maps():
     if backends.extension() is None:
         pytest.skip("lipfast._C is not built")
     count = backends.extension().skew_exp_shared_bytes
-    for c, h, w, dtype, size in [(16, 32, 32, 1, 4), (64, 16, 16, 2, 2), (130, 3, 5, 0, 8)]:
+    for c, h, w, dtype, size, tensor_cores in [
+        (16, 32, 32, 1, 4, False),
+        (16, 32, 32, 1, 4, True),
+        (64, 16, 16, 2, 2, True),
+        (130, 3, 5, 0, 8, False),
+    ]:
         maps = 2 * c * h * w * size
-        assert maps <= count(c, h, w, dtype) <= 1.35 * maps + 4 * h * w + 4096
+        counted = count(c, h, w, dtype, tensor_cores)
+        assert maps <= counted <= 1.51 * maps + 4 * h * w + 4096
 
 
 def test_refuses_without_a_gpu_and_what_does_not_fit(monkeypatch):
@@ -183,7 +205,16 @@ def test_nvcc_compiles_without_spills(arch, tmp_path):
     command += ["-o", str(tmp_path / "skew_exp.cubin"), str(ROOT / "csrc" / "skew_exp.cu")]
     report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     kernels = report.count("Compiling entry function")
-    assert kernels == 2 * 3  # (forward, backward) x (float64, float32, bfloat16)
+    assert kernels == 2 * 4  # (forward, backward) x (float64, float32, TF32, bfloat16)
     clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
     assert report.count(clean) == kernels
     assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 128  # 512 threads
+    command = [
+        str(Path(NVCC).parent / "cuobjdump"),
+        "--dump-sass",
+        str(tmp_path / "skew_exp.cubin"),
+    ]
+    if Path(command[0]).exists():
+        code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert re.search(r"\bHMMA\S*TF32", code)
+        assert re.search(r"\bHMMA\S*BF16", code)
