@@ -11,6 +11,8 @@
 #include <omp.h>
 #endif
 
+#include "aol_rescale.h"
+#include "cayley.h"
 #include "gram_bound.h"
 #include "maxmin.h"
 #include "skew_exp.h"
@@ -48,7 +50,7 @@ GramBoundParams gram_bound_params(uintptr_t taps, uintptr_t a, uintptr_t q, uint
   check(batch >= 0 && channels >= 0 && depth >= 0, "gram_bound: sizes must not be negative");
   check(kh >= 1 && kw >= 1, "gram_bound: kh and kw must be positive");
   const bool empty = batch * channels * depth == 0;
-  check(empty || (taps && q && signs && out), "gram_bound: only a may be null");
+  check(empty || (q && signs && out), "gram_bound: q, signs and out must not be null");
   return {address<const void>(taps), address<const void>(a), address<const void>(q),
           address<int8_t>(signs), address<void>(out), batch, channels, depth, kh, kw, is_double};
 }
@@ -74,6 +76,29 @@ SkewExpParams skew_exp_params(uintptr_t x, uintptr_t taps, uintptr_t out, uintpt
                        tensor_cores, a0, {}};
   for (size_t k = 0; k < ratios.size(); ++k) params.ratios[k] = ratios[k];
   return params;
+}
+
+AolRescaleParams aol_rescale_params(uintptr_t weight, uintptr_t r, uintptr_t scaled,
+                                    uintptr_t grad_weight, uintptr_t partial, int64_t n,
+                                    int64_t rows, int64_t channels, int64_t taps,
+                                    bool channels_last, bool is_double, int dtype) {
+  check(n >= 0 && rows >= 0 && channels >= 0 && taps >= 0,
+        "aol_rescale: sizes must not be negative");
+  check(dtype >= 0 && dtype <= 3, "aol_rescale: dtype must be 0 to 3, got " + std::to_string(dtype));
+  const bool empty = n * rows * channels * taps == 0;
+  check(empty || (weight && r && scaled), "aol_rescale: weight, r and scaled must not be null");
+  return {address<const void>(weight), address<const void>(r), address<void>(scaled),
+          address<void>(grad_weight), address<void>(partial), n, rows, channels, taps,
+          channels_last, is_double, static_cast<DType>(dtype)};
+}
+
+CayleyParams cayley_params(uintptr_t matrix, uintptr_t other, uintptr_t out, int64_t batch,
+                           int64_t rows, int64_t n, int parts, bool is_double) {
+  check(batch >= 0 && n >= 0 && rows >= n, "cayley: sizes must not be negative, rows at least n");
+  check(parts == 1 || parts == 2, "cayley: parts must be 1 or 2, got " + std::to_string(parts));
+  check(batch * n == 0 || (matrix && out), "cayley: matrix and out must not be null");
+  return {address<const void>(matrix), address<const void>(other), address<void>(out), batch, rows,
+          n, parts, is_double};
 }
 
 int openmp_threads() {
@@ -102,6 +127,41 @@ PYBIND11_MODULE(_C, m) {
            py::arg("signs"), py::arg("out"), py::arg("batch"), py::arg("channels"),
            py::arg("depth"), py::arg("kh"), py::arg("kw"), py::arg("is_double"));
   m.attr("gram_bound_tile") = kGramBoundTile;
+  py::enum_<GramBoundProducts>(m, "GramBoundProducts")
+      .value("ALL_TAPS", GramBoundProducts::kAllTaps)
+      .value("ROWS", GramBoundProducts::kRows)
+      .value("SUMMED", GramBoundProducts::kSummed);
+  m.def("gram_bound_forward_cpu", [](const GramBoundParams& params, GramBoundProducts kind) {
+    check(params.taps, "gram_bound: taps must not be null");
+    gram_bound_forward_cpu(params, kind);
+  }, no_gil);
+  m.def("gram_bound_backward_cpu", [](const GramBoundParams& params, bool matrix) {
+    check(params.a, "gram_bound: a must not be null");
+    gram_bound_backward_cpu(params, matrix);
+  }, no_gil);
+
+  py::class_<AolRescaleParams>(m, "AolRescaleParams")
+      .def(py::init(&aol_rescale_params), py::arg("weight"), py::arg("r"), py::arg("scaled"),
+           py::arg("grad_weight"), py::arg("partial"), py::arg("n"), py::arg("rows"),
+           py::arg("channels"), py::arg("taps"), py::arg("channels_last"), py::arg("is_double"),
+           py::arg("dtype"));
+  m.attr("aol_rescale_rows") = kAolRescaleRows;
+  m.def("aol_rescale_forward_cpu", &aol_rescale_forward_cpu, no_gil);
+  m.def("aol_rescale_backward_cpu", [](const AolRescaleParams& params) {
+    check(params.grad_weight && params.partial,
+          "aol_rescale: grad_weight and partial must not be null");
+    aol_rescale_backward_cpu(params);
+  }, no_gil);
+
+  py::class_<CayleyParams>(m, "CayleyParams")
+      .def(py::init(&cayley_params), py::arg("matrix"), py::arg("other"), py::arg("out"),
+           py::arg("batch"), py::arg("rows"), py::arg("n"), py::arg("parts"), py::arg("is_double"));
+  m.def("cayley_forward_cpu", &cayley_forward_cpu, no_gil);
+  m.def("cayley_backward_cpu", [](const CayleyParams& params) {
+    check(params.batch * params.n == 0 || params.other, "cayley: other must not be null");
+    check(params.rows == params.n, "cayley: the backward pass takes square matrices");
+    cayley_backward_cpu(params);
+  }, no_gil);
 
   py::class_<SkewExpParams>(m, "SkewExpParams")
       .def(py::init(&skew_exp_params), py::arg("x"), py::arg("taps"), py::arg("out"),
@@ -129,10 +189,11 @@ PYBIND11_MODULE(_C, m) {
     maxmin_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
   m.def("gram_bound_forward_cuda", [](const GramBoundParams& params, uintptr_t stream) {
+    check(params.taps, "gram_bound: taps must not be null");
     gram_bound_forward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
   m.def("gram_bound_backward_cuda", [](const GramBoundParams& params, uintptr_t stream) {
-    check(params.a, "gram_bound: a must not be null");
+    check(params.taps && params.a, "gram_bound: taps and a must not be null");
     gram_bound_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
   m.def("skew_exp_forward_cuda", [](const SkewExpParams& params, uintptr_t stream) {
@@ -141,6 +202,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("skew_exp_backward_cuda", [](const SkewExpParams& params, uintptr_t stream) {
     check(params.terms, "skew_exp: terms must not be null");
     skew_exp_backward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("aol_rescale_forward_cuda", [](const AolRescaleParams& params, uintptr_t stream) {
+    aol_rescale_forward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("aol_rescale_backward_cuda", [](const AolRescaleParams& params, uintptr_t stream) {
+    check(params.grad_weight && params.partial,
+          "aol_rescale: grad_weight and partial must not be null");
+    aol_rescale_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
 #else
   m.attr("cuda_archs") = "";

@@ -6,12 +6,7 @@
 #include <cstring>
 #include <stdexcept>
 
-// Code for AVX2 beside the portable one, chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define LIPFAST_CLONES __attribute__((noinline, target_clones("avx2", "default")))
-#else
-#define LIPFAST_CLONES
-#endif
+#include "clones.h"
 
 namespace lipfast {
 namespace {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 #if defined(__CUDACC__)
 #define LIPFAST_HD __host__ __device__ __forceinline__
 #else
@@ -13,8 +15,6 @@
 typedef struct CUstream_st* cudaStream_t;
 
 namespace lipfast {
-
-enum class DType : int { kFloat64 = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // x and y hold (batch, channels, spatial) elements, or (batch, spatial, channels) when
 // channels_last. Pairs are numbered in that same memory order, and bit j % 8 of mask[j / 8] says

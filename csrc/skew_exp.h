@@ -4,7 +4,8 @@
 
 #include <cstdint>
 
-#include "maxmin.h"  // DType
+#include "dtype.h"
+#include "maxmin.h"  // LIPFAST_HD
 
 namespace lipfast {
 

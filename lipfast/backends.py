@@ -39,11 +39,19 @@ class _Rule(NamedTuple):
 # "reference" ends every order. The crossovers are measured by bench/bench_<op>.py. maxmin has none:
 # below about 1000 elements the published form is 20 us faster, but derives otherwise at ties.
 _FASTEST: dict[str, tuple[_Rule, ...]] = {
+    "cayley": (_Rule("cpu", 0, ("cpp", "torch")), _Rule("cuda", 0, ("torch",))),
+    "conv_norm": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
+    "conv_norm_bound": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
+    "fourier_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
+    "block_conv": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     # the Triton and CUDA kernels have not been timed on a GPU yet
-    "gram_bound": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
+    "aol_rescale": (_Rule("cpu", 0, ("cpp", "torch")), _Rule("cuda", 0, ("torch",))),
+    "gram_bound": (_Rule("cpu", 0, ("cpp", "torch")), _Rule("cuda", 0, ("torch",))),
     "maxmin": (_Rule("cpu", 0, ("cpp",)), _Rule("cuda", 0, ("triton", "cuda"))),
+    "polar": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
     # recomputing pays in memory, not in time: 0.66 to 0.85 of the published speed on a CPU
     "residual_conv": (_Rule("cuda", 0, ("torch",)),),
+    "skew_exp": (_Rule("cpu", 0, ("torch",)), _Rule("cuda", 0, ("torch",))),
 }
 
 _can_run: dict[str, Mapping[str, CanRun]] = {}
@@ -111,13 +119,22 @@ def choose(op: str, x: Tensor, *args: Any, backend: str | None = None) -> str:
     """
     if backend is not None:
         _checked(backend, f"{op}: backend")
-    forced = backend or _forced or _checked(_environment, "environment variable LIPFAST_BACKEND")
-    if forced is None:
+    chosen = backend or forced()
+    if chosen is None:
         return _fastest(op, x, *args)
-    reason = why_not(op, forced, x, *args)
+    reason = why_not(op, chosen, x, *args)
     if reason is not None:
-        raise ValueError(f"{op}: backend {forced!r} cannot run: {reason}")
-    return forced
+        raise ValueError(f"{op}: backend {chosen!r} cannot run: {reason}")
+    return chosen
+
+
+def forced() -> str | None:
+    """Return the backend of `set_backend`, else of LIPFAST_BACKEND, else None.
+
+    Raises:
+        ValueError: LIPFAST_BACKEND names no backend.
+    """
+    return _forced or _checked(_environment, "environment variable LIPFAST_BACKEND")
 
 
 def why_not(op: str, backend: str, *args: Any) -> str | None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from .aol import AOLConv2d, AOLLinear
 from .base import LipschitzModule
 from .basic import FirstChannels, PixelUnshuffle, ZeroChannelPad
-from .bcop import BCOPConv2d, BCOPLinear
+from .bcop import BCOPConv2d, BCOPLinear, BjorckLinear
 from .cayley import CayleyConv2d, CayleyLinear
 from .layers import LipschitzConv2d, LipschitzLinear
 from .lot import LOTConv2d, LOTLinear
@@ -38,6 +38,7 @@ __all__ = [
     "AOLLinear",
     "BCOPConv2d",
     "BCOPLinear",
+    "BjorckLinear",
     "CPLConv2d",
     "CPLLinear",
     "CayleyConv2d",

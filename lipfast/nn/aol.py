@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from lipfast import ops, reference
 
 from .base import SoundWeights
-from .kernel import KernelModule, gram_backend
+from .kernel import KernelModule, gram_backend, is_channels_last, matched_dtype
 from .layers import LipschitzConv2d, LipschitzLinear
 
 _EPSILON = 1e-6
@@ -14,13 +14,27 @@ _EPSILON = 1e-6
 
 class _AOL(KernelModule):
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """The kernel P before its rescaling, and the row sums."""
         weight, scale = reference.unit_scale(self._kernel_parameter(), minimum=1.0)
         rows = ops.gram_bound(weight, groups=self.groups, backend=gram_backend())
-        return (self._scale_inputs(weight, _rescale(rows, scale)),)
+        return weight, rows + _EPSILON / scale**2
+
+    def _for_input(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        weight, rows = weights
+        kernel = ops.aol_rescale(
+            weight,
+            rows,
+            groups=self.groups,
+            dtype=matched_dtype(x, weight),
+            channels_last=is_channels_last(x),
+            backend=gram_backend(),
+        )
+        return (kernel,)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         weight, scale = reference.unit_scale(self._kernel_parameter().double(), minimum=1.0)
-        rescaling = _rescale(self._proved_rows(weight), scale)
+        rows = self._proved_rows(weight) + _EPSILON / scale**2
+        rescaling = reference.inverse_or_zero(rows, power=0.5)
         kernel = self._scale_inputs(weight, rescaling)
         q = torch.where(rescaling > 0, 1 / rescaling, 1)
         bound = self._proved_rows(kernel, q).amax().sqrt()
@@ -79,7 +93,3 @@ def initialise_dirac_or_orthogonal(kernel: Tensor) -> None:
     else:
         matrix = torch.empty(out_channels, in_channels)
         centre.copy_(nn.init.orthogonal_(matrix))
-
-
-def _rescale(rows: Tensor, scale: Tensor) -> Tensor:
-    return reference.inverse_or_zero(rows + _EPSILON / scale**2, power=0.5)

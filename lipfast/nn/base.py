@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -169,6 +170,10 @@ class LipschitzModule(nn.Module):
         """Apply the layer to x (n, in_channels, h, w)."""
         raise NotImplementedError
 
+    def _weight_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of the training weights for an input of `dtype`, outside autocast."""
+        return dtype
+
     def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
         """Plain torch module with these weights."""
         raise NotImplementedError
@@ -182,9 +187,13 @@ class LipschitzModule(nn.Module):
         with no_autocast(self.weight):
             self._check_finite(on_device=False)
             weights = self._training_weights(map_size)
-        if _is_autocast(x):
+        return self._for_input(x, weights)
+
+    def _for_input(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The training weights in the form in which the layer meets x with them."""
+        if is_autocast(x):
             return weights
-        return tuple(weight.to(_like(x.dtype, weight)) for weight in weights)
+        return tuple(weight.to(self._weight_dtype(x.dtype)) for weight in weights)
 
     def _sound(self, map_size: tuple[int, int]) -> SoundWeights:
         if _is_traced(self.weight):
@@ -204,7 +213,12 @@ class LipschitzModule(nn.Module):
         return entry.sound
 
     def _build_sound(self, map_size: tuple[int, int]) -> SoundWeights:
-        with torch.inference_mode(False), torch.no_grad(), no_autocast(self.weight):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            no_autocast(self.weight),
+            _outside_transforms(self.weight),
+        ):
             return self._sound_weights(map_size)
 
     def _map_size(self, input_size: tuple[int, int] | None) -> tuple[int, int]:
@@ -247,7 +261,7 @@ class LipschitzModule(nn.Module):
             )
         if x.dtype == self.weight.dtype:
             return
-        if not (x.is_floating_point() and x.dtype != torch.float64 and _is_autocast(x)):
+        if not (x.is_floating_point() and x.dtype != torch.float64 and is_autocast(x)):
             raise TypeError(
                 f"input: expected dtype {self.weight.dtype} as the weight (or autocast), "
                 f"got {x.dtype}"
@@ -261,16 +275,17 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
-def _is_autocast(x: Tensor) -> bool:
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _like(dtype: torch.dtype, weight: Tensor) -> torch.dtype:
-    """`dtype`, or its complex twin where the weight is complex; half precision stays float32."""
-    if not weight.is_complex():
-        return dtype
-    return torch.complex128 if dtype == torch.float64 else torch.complex64
+def _outside_transforms(weight: Tensor) -> AbstractContextManager[Any]:
+    """Leave the transforms of torch.func, unless they act on the weight."""
+    if _is_traced(weight) or not torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 def _is_traced(weight: Tensor) -> bool:

@@ -6,24 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipfast import reference
+from lipfast import ops, reference
 
 from .base import SoundWeights
-from .kernel import KernelModule, as_kernel
+from .convergence import PolarModule
+from .kernel import as_kernel, sound_backend
 from .layers import LipschitzConv2d, LipschitzLinear
 
-_ITERATIONS = 20
 
-
-class BCOPConv2d(KernelModule, LipschitzConv2d):
+class BCOPConv2d(PolarModule, LipschitzConv2d):
     """Orthogonal convolution composed of a matrix and 2 (k - 1) projectors.
 
-    The weight (2k - 1, c, c), c = max(in_channels, out_channels), is orthogonalised by 20
-    Bjorck-Bowie steps in one batch; the first min(in, out) rows of one matrix give the 1x1 kernel,
-    half of the columns of each other one a projector (Li et al. 2019, algorithm 1). Where
-    out_channels > in_channels the kernel is that of the adjoint layer, transposed. The bound holds
-    for zero and circular padding and every map size, converged or not: in evaluation mode a last
-    step in float64 makes each matrix a contraction. See `LipschitzConv2d` for the arguments.
+    The weight (2k - 1, c, c), c = max(in_channels, out_channels), is replaced by its polar factors
+    in one batch; the first min(in, out) rows of one matrix give the 1x1 kernel, half of the columns
+    of each other one a projector (Li et al. 2019, algorithm 1). Where out_channels > in_channels
+    the kernel is that of the adjoint layer, transposed. The bound holds for zero and circular
+    padding and every map size, converged or not: in evaluation mode a last step in float64 makes
+    each matrix a contraction. See `LipschitzConv2d` for the arguments.
     """
 
     _padding_modes = ("circular", "zeros")
@@ -32,27 +31,29 @@ class BCOPConv2d(KernelModule, LipschitzConv2d):
         c = max(self.in_channels, self.out_channels)
         self.weight = nn.Parameter(torch.empty(2 * self.kernel_size[0] - 1, c, c, **factory))
         self._register_bias(self.out_channels if bias else None, factory)
+        self._register_residual(factory)
 
     def _kernel_parameter(self) -> Tensor:
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        return (self._compose(_orthogonalise(self._kernel_parameter())),)
+        return (self._compose(self._polar(self._kernel_parameter(), None, form="bjorck"), None),)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
-        matrices, bound = reference.contract(_orthogonalise(self._kernel_parameter().double()))
+        backend = sound_backend(self.weight)
+        matrices = self._polar(self._kernel_parameter().double(), backend, form="bjorck")
+        matrices, bound = reference.contract(matrices)
         # P = R R^T has eigenvalues in [0, bound^2] and |P + (I - P) z| <= max(1, 2 bound^2 - 1)
         block = (2 * bound**2 - 1).clamp_min(1)
         bound = bound * block ** (len(matrices) - 1)
-        kernel, bound = reference.round_contraction(
-            self._compose(matrices), bound, self.weight.dtype
-        )
+        kernel = self._compose(matrices, backend)
+        kernel, bound = reference.round_contraction(kernel, bound, self.weight.dtype)
         return SoundWeights((kernel,), bound)
 
-    def _compose(self, matrices: Tensor) -> Tensor:
+    def _compose(self, matrices: Tensor, backend: str | None) -> Tensor:
         rows = min(self.in_channels, self.out_channels)
-        half = matrices[1:, :, : matrices.shape[-1] // 2]
-        kernel = reference.block_conv(matrices[0, :rows], half @ half.mT)
+        halves = matrices[1:, :, : matrices.shape[-1] // 2]
+        kernel = ops.block_conv(matrices[0, :rows], halves, backend=backend)
         if self.out_channels > self.in_channels:
             return reference.transpose_kernel(kernel)
         return kernel
@@ -66,23 +67,27 @@ class BCOPConv2d(KernelModule, LipschitzConv2d):
             nn.init.zeros_(self.bias)
 
 
-class BCOPLinear(KernelModule, LipschitzLinear):
-    """Linear layer with an orthogonal matrix from 20 Bjorck-Bowie steps (Li et al. 2019).
+class BjorckLinear(PolarModule, LipschitzLinear):
+    """Linear layer with an orthogonal matrix, the polar factor of its weight (Li et al. 2019).
 
     Rows are orthonormal where out_features <= in_features, columns otherwise. Converged or not,
-    the layer is 1-Lipschitz. See `LipschitzLinear` for the arguments.
+    the layer is 1-Lipschitz. See `LipschitzLinear` for the arguments. `BCOPLinear` is another name
+    of this class.
     """
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        return (_orthogonalise(as_kernel(self.weight)[:, :, 0, 0])[:, :, None, None],)
+        return (self._orthogonal(as_kernel(self.weight), None)[:, :, None, None],)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
-        matrix = as_kernel(self.weight).double()[:, :, 0, 0]
-        matrix, bound = reference.contract(_orthogonalise(matrix))
+        matrix = self._orthogonal(as_kernel(self.weight).double(), sound_backend(self.weight))
+        matrix, bound = reference.contract(matrix)
         kernel, bound = reference.round_contraction(
             matrix[:, :, None, None], bound, self.weight.dtype
         )
         return SoundWeights((kernel,), bound)
+
+    def _orthogonal(self, kernel: Tensor, backend: str | None) -> Tensor:
+        return self._polar(kernel[:, :, 0, 0], backend, form="bjorck")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -92,9 +97,4 @@ class BCOPLinear(KernelModule, LipschitzLinear):
             nn.init.zeros_(self.bias)
 
 
-def _orthogonalise(matrices: Tensor) -> Tensor:
-    """Bjorck steps from the matrix divided by an upper bound of its norm, a constant."""
-    scaled, _ = reference.unit_scale(matrices, dim=(-2, -1))
-    norm = reference.schatten_bound(scaled.detach())
-    scaled = scaled * reference.inverse_or_zero(norm)[..., None, None]
-    return reference.bjorck(scaled, iterations=_ITERATIONS)
+BCOPLinear = BjorckLinear

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipfast import reference
+from lipfast import ops, reference
 
 from .layers import LipschitzConv2d, LipschitzLinear
 from .spectral import SpectralModule
@@ -27,8 +27,10 @@ class _Cayley(SpectralModule):
         alpha = self.alpha.to(kernel.dtype).clamp(-_ALPHA_LIMIT, _ALPHA_LIMIT)
         return kernel * (alpha * reference.inverse_or_zero(norm)), scale
 
-    def _orthogonalise(self, matrices: Tensor, scale: Tensor) -> Tensor:
-        return reference.cayley(matrices)
+    def _orthogonalise(
+        self, matrices: Tensor, scale: Tensor, planar: bool, backend: str | None
+    ) -> Tensor:
+        return ops.cayley(matrices, planar=planar, backend=backend)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from lipfast import reference
+from lipfast import backends, reference
 
-from .base import LipschitzModule
+from .base import LipschitzModule, is_autocast
 
 
 class KernelModule(LipschitzModule):
@@ -42,10 +42,40 @@ def as_kernel(weight: Tensor) -> Tensor:
     return weight if weight.dim() == 4 else weight[:, :, None, None]
 
 
+def matched_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype in which a convolution multiplies x with `weight`: autocast spares float64."""
+    if not is_autocast(x):
+        return x.dtype
+    return (
+        weight.dtype if weight.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+    )
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the memory of x is (n, h, w, c), and not (n, c, h, w) too."""
+    return (
+        x.dim() == 4
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
+
+
 def gram_backend() -> str | None:
-    """The backend of `gram_bound` in training: inside torch.func transforms the published form."""
+    """The backend of ops in training: inside torch.func transforms the published form."""
     inside = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     return "reference" if inside else None
+
+
+def sound_backend(weight: Tensor) -> str:
+    """The backend that builds the weights of evaluation mode, in float64 on any device."""
+    published = backends.forced() == "reference" or is_transformed(weight)
+    return "reference" if published else "torch"
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a transform of torch.func acts on x, outside of torch.compile."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -> nn.Module:

@@ -14,6 +14,7 @@ from .kernel import as_kernel, gram_backend, plain_kernel
 from .layers import LipschitzConv2d, LipschitzLinear
 
 _MAP_LIMIT = 32  # side of the largest patch on which CPL estimates the norm in training
+_FREQUENCY_LIMIT = 64  # channels up to which the tighter bound for all maps costs little
 _Q_EPSILON = 1e-6
 _Q_MINIMUM = 1e-12  # smallest ratio of two q: any positive q gives a bound, this one no overflow
 
@@ -58,9 +59,16 @@ class ResidualModule(LipschitzModule):
 class _CPL(ResidualModule):
     power_vector: Tensor
 
+    def __init__(self, *args: Any, norm: str = "estimate", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if norm not in ("estimate", "sound"):
+            name = type(self).__name__
+            raise ValueError(f"norm: {name} expected 'estimate' or 'sound', got {norm!r}")
+        self.norm = norm
+
     @property
     def _depends_on_map_size(self) -> bool:  # type: ignore[override]
-        return self.kernel_size != (1, 1)
+        return self.norm == "estimate" and self.kernel_size != (1, 1)
 
     def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         super()._make_parameters(bias, factory)
@@ -76,18 +84,32 @@ class _CPL(ResidualModule):
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
         kernel, scale = reference.unit_scale(as_kernel(self.weight))
+        norm = self._any_map(kernel) if self.norm == "sound" else self._estimate(kernel, map_size)
+        return kernel, self._scaled_bias(scale), 2 * reference.inverse_or_zero(norm**2)
+
+    def _estimate(self, kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
         patch = self.power_vector[..., : map_size[0], : map_size[1]]
-        norm, vector = reference.power_iteration(kernel, patch.to(kernel.dtype), self.padding_mode)
-        with torch.no_grad():
-            patch.copy_(vector)
-        bias = self._scaled_bias(scale)
-        return kernel, bias, 2 * reference.inverse_or_zero(norm**2)
+        norm, vector = ops.conv_norm(kernel, patch.to(kernel.dtype), self.padding_mode)
+        if gram_backend() is None:  # inside torch.func transforms nothing may be written
+            with torch.no_grad():
+                patch.copy_(vector)
+        return norm
+
+    def _any_map(self, kernel: Tensor) -> Tensor:
+        """An upper bound for every map, a fifth above the norm, or up to two thirds if wide."""
+        narrow = kernel.shape[0] <= _FREQUENCY_LIMIT
+        return ops.conv_norm_bound(kernel, method="frequency" if narrow else "unfolding")
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         kernel, scale = reference.unit_scale(as_kernel(self.weight).double())
         dtype = self.weight.dtype
         kernel = kernel.to(dtype)
-        norm = reference.conv_norm_bound(kernel.double(), map_size, self.padding_mode)
+        if self.norm == "sound":
+            # Gram iteration is off by fewer roundings than entries in a filter, squared
+            rounding = 8 * kernel[0].numel() ** 2 * torch.finfo(torch.float64).eps
+            norm = self._any_map(kernel.double()) * (1 + rounding)
+        else:
+            norm = ops.conv_norm_map_bound(kernel, map_size, self.padding_mode)
         t = 2 * reference.inverse_or_zero(norm**2)
         t = _round_down(t, dtype)
         bound = (t.double() * norm**2 - 1).clamp_min(1)
@@ -133,12 +155,19 @@ class _SLL(ResidualModule):
 class CPLConv2d(_CPL, LipschitzConv2d):
     """Convex potential layer x - (2 / norm_2(W)^2) W^T relu(W x + b) (Meunier et al. 2022).
 
-    In training the norm is estimated by one step of a power iteration whose start vector is a
+    In training the norm is estimated by one step of `lipfast.ops.conv_norm` from a vector that is a
     buffer, on the input's map or its first 32 x 32 pixels: a lower bound, so that the layer is only
-    about 1-Lipschitz there. In evaluation mode the norm is a proved upper bound for the map at
-    hand, the larger of two close numbers: see `lipfast.reference.conv_norm_bound`. Where
-    out_channels > in_channels the input gets zero channels, where it is smaller the first
-    out_channels are kept. See `LipschitzConv2d` for the arguments.
+    about 1-Lipschitz there. Inside torch.func transforms the buffer is read and not written. In
+    evaluation mode the norm is a proved upper bound for the map at hand, 1e-4 above it on maps that
+    are not too large: see `lipfast.ops.conv_norm_map_bound`. Where out_channels > in_channels the
+    input gets zero channels, where it is smaller the first out_channels are kept.
+
+    Args:
+        norm: "estimate" as above; "sound" is a bound for every map in training and evaluation,
+            `lipfast.ops.conv_norm_bound` by frequencies up to 64 channels and by unfoldings beyond,
+            and makes a weaker layer.
+
+    See `LipschitzConv2d` for the other arguments.
     """
 
 
@@ -146,7 +175,7 @@ class CPLLinear(_CPL, LipschitzLinear):
     """Convex potential layer on vectors, x - (2 / norm_2(W)^2) W^T relu(W x + b).
 
     See `CPLConv2d` for the norm and for in_features != out_features, `LipschitzLinear` for the
-    arguments (Meunier et al. 2022, equation 8).
+    other arguments (Meunier et al. 2022, equation 8).
     """
 
 

@@ -4,47 +4,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lipfast import reference
+from lipfast import ops, reference
 
-from .base import SoundWeights, no_autocast
-from .kernel import KernelModule, as_kernel, plain_kernel
+from .base import SoundWeights
+from .kernel import KernelModule, as_kernel, plain_kernel, sound_backend
 
 
 class SpectralModule(KernelModule):
     """A circular convolution whose transfer matrices are orthogonalised one by one.
 
-    A kernel of one tap has one real transfer matrix and needs no Fourier transform.
+    Its weights are planar: (F, 2, out, in), the real and the imaginary parts. A kernel of one tap
+    has one real transfer matrix and needs no Fourier transform.
     """
 
     @property
     def _depends_on_map_size(self) -> bool:  # type: ignore[override]
         return self.kernel_size != (1, 1)
 
-    def _orthogonalise(self, matrices: Tensor, scale: Tensor) -> Tensor:
-        """Return matrices (F, out, in) with singular values at most 1 from `matrices` * scale."""
+    def _orthogonalise(
+        self, matrices: Tensor, scale: Tensor, planar: bool, backend: str | None
+    ) -> Tensor:
+        """Return matrices with singular values at most 1 from `matrices` * scale.
+
+        They are planar, (F, 2, out, in), or one is real, (out, in); `backend` is None in training.
+        """
         raise NotImplementedError
 
     def _normalised(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
         """Return kernel / s and s: what the transform sees and the factor it must know."""
         raise NotImplementedError
 
-    def _transfer_matrices(self, kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
+    def _transfer_matrices(
+        self, kernel: Tensor, map_size: tuple[int, int], backend: str | None
+    ) -> Tensor:
         kernel, scale = self._normalised(kernel)
         if not self._depends_on_map_size:
-            return self._orthogonalise(kernel[:, :, 0, 0][None], scale)
-        spectrum = reference.kernel_spectrum(kernel, self._grid(map_size))
-        return self._orthogonalise(spectrum, scale)
+            return self._orthogonalise(kernel[:, :, 0, 0], scale, False, backend)
+        spectrum = ops.kernel_spectrum(kernel, self._grid(map_size))
+        return self._orthogonalise(spectrum, scale, True, backend)
 
     def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        matrices = self._transfer_matrices(as_kernel(self.weight), map_size)
-        return (matrices if self._depends_on_map_size else _one_tap(matrices),)
+        matrices = self._transfer_matrices(as_kernel(self.weight), map_size, None)
+        return (matrices if self._depends_on_map_size else matrices[:, :, None, None],)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
-        matrices = self._transfer_matrices(as_kernel(self.weight).double(), map_size)
+        kernel = as_kernel(self.weight).double()
+        matrices = self._transfer_matrices(kernel, map_size, sound_backend(self.weight))
+        if self._depends_on_map_size:
+            matrices = torch.complex(*matrices.unbind(1))
         matrices, bound = reference.contract(matrices)
-        weight = matrices if self._depends_on_map_size else _one_tap(matrices)
-        weight, bound = reference.round_contraction(weight, bound, self.weight.dtype)
+        if not self._depends_on_map_size:
+            matrices = matrices[:, :, None, None]
+        weight, bound = reference.round_contraction(matrices, bound, self.weight.dtype)
+        if self._depends_on_map_size:
+            weight = torch.stack([weight.real, weight.imag], dim=1)
         return SoundWeights((weight,), bound)
+
+    def _weight_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """At least float32, as the Fourier transform of x has."""
+        return torch.promote_types(dtype, torch.float32) if self._depends_on_map_size else dtype
 
     def _padding(self) -> tuple[int, int]:
         """Zeros added to each side of the map before the circular convolution."""
@@ -59,9 +77,12 @@ class SpectralModule(KernelModule):
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         if not self._depends_on_map_size:
             return super()._run(x, weights)
-        with no_autocast(x):
-            real = weights[0].real.dtype
-            y = _padded_fourier_conv(x.to(real), weights[0], self._padding()).to(x.dtype)
+        (ph, pw), (h, w) = self._padding(), x.shape[-2:]
+        if ph == pw == 0:
+            y = ops.fourier_conv(x, weights[0])
+        else:
+            y = ops.fourier_conv(F.pad(x, (pw, pw, ph, ph)), weights[0])
+            y = y[..., ph : ph + h, pw : pw + w]
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
@@ -75,7 +96,7 @@ class SpectralModule(KernelModule):
         map_size = self._map_size(input_size)
         h, w = self._grid(map_size)
         (spectrum,) = self._sound(map_size).weights
-        grid = spectrum.reshape(h, w // 2 + 1, self.out_channels, self.in_channels)
+        grid = torch.complex(*spectrum.unbind(1)).unflatten(0, (h, w // 2 + 1))
         taps = torch.fft.irfft2(grid.permute(2, 3, 0, 1), s=(h, w))
         rows = (h // 2 - torch.arange(h, device=taps.device)) % h
         columns = (w // 2 - torch.arange(w, device=taps.device)) % w
@@ -95,10 +116,10 @@ class _PlainFourier(nn.Module):
 
     def __init__(self, module: SpectralModule, spectrum: Tensor, map_size: tuple[int, int]) -> None:
         super().__init__()
-        self.padding, self.dtype = module._padding(), spectrum.real.dtype
+        self.padding, self.dtype = module._padding(), spectrum.dtype
         h, w = module._grid(map_size)
-        shape = (h, w // 2 + 1, module.out_channels, module.in_channels)
-        self.register_buffer("spectrum", spectrum.reshape(shape).clone())
+        spectrum = torch.complex(*spectrum.unbind(1)).unflatten(0, (h, w // 2 + 1))
+        self.register_buffer("spectrum", spectrum)
         self.size = (h, w)
         bias = module.weight.new_zeros(1) if module.bias is None else module.bias
         bias = bias.detach()
@@ -111,16 +132,3 @@ class _PlainFourier(nn.Module):
         y_hat = torch.einsum("hwoi,...ihw->...ohw", self.spectrum, x_hat)
         y = torch.fft.irfft2(y_hat, s=(h, w))
         return y[..., ph : h - ph, pw : w - pw].to(x.dtype) + self.bias
-
-
-def _padded_fourier_conv(x: Tensor, spectrum: Tensor, padding: tuple[int, int]) -> Tensor:
-    ph, pw = padding
-    if ph == pw == 0:
-        return reference.fourier_conv(x, spectrum)
-    h, w = x.shape[-2:]
-    y = reference.fourier_conv(F.pad(x, (pw, pw, ph, ph)), spectrum)
-    return y[..., ph : ph + h, pw : pw + w]
-
-
-def _one_tap(matrices: Tensor) -> Tensor:
-    return matrices[0][:, :, None, None]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
-from lipfast.ops import gram_bound_gemm
+from lipfast.ops import gram_bound_cpp, gram_bound_cuda, gram_bound_gemm
 from lipfast.reference.gram_bound import gram_bound as reference_gram_bound
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,8 +36,8 @@ def gram_bound(
         q: positive weights, of the shape and dtype of the result; None for ones.
         axis: "in" correlates the input channels (AOL), "out" the output channels (SLL).
         groups: of the convolution; channels of different groups do not meet.
-        backend: "triton" (float32), "cuda", "torch" or "reference"; None takes the forced backend
-            (`lipfast.set_backend`), or else the fastest that can run.
+        backend: "triton" (float32), "cuda", "cpp", "torch" or "reference"; None takes the forced
+            backend (`lipfast.set_backend`), or else the fastest that can run.
 
     Returns:
         r, (in,) or (out,), or (batch, in) or (batch, out); dtype and device of weight.
@@ -58,7 +58,8 @@ def gram_bound(
         weight, q = weight.float(), None if q is None else q.float()
     if chosen == "reference":
         return _published(weight, q, axis, groups).to(dtype)
-    if chosen == "torch" and not torch.compiler.is_compiling():
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    if plain and chosen in ("cpp", "torch"):
         # A small kernel would spend more time in the registered op's dispatch than in its products.
         return _Eager.apply(weight, q, axis, groups, chosen).to(dtype)
     return torch.ops.lipfast.gram_bound(weight, q, axis, groups, chosen)[0].to(dtype)
@@ -116,6 +117,7 @@ backends.register(
     {
         "triton": _triton_can_run,
         "cuda": backends.cuda_can_run,
+        "cpp": backends.cpp_can_run,
         "torch": lambda weight: None,
         "reference": lambda weight: None,
     },
@@ -147,10 +149,8 @@ def _published(weight: Tensor, q: Tensor | None, axis: str, groups: int) -> Tens
     if len(kernels) == 0:
         return weight.new_empty(_result_shape(weight, axis, groups))
     weights = [None] * len(kernels) if q is None else q.reshape(len(kernels), -1)
-    rows = [
-        reference_gram_bound(kernel, one, axis=axis)
-        for kernel, one in zip(kernels, weights, strict=True)
-    ]
+    pairs = zip(kernels, weights, strict=True)
+    rows = [reference_gram_bound(kernel, one, axis=axis) for kernel, one in pairs]
     return torch.stack(rows).view(_result_shape(weight, axis, groups))
 
 
@@ -166,7 +166,7 @@ def _forward(
         if backend == "torch":
             sums, signs = gram_bound_gemm.gram_bound_forward(taps, rows)
         else:
-            signs = _forward_fake(weight, q, axis, groups, backend)[1]
+            signs = _empty_signs(taps)
             scale = taps.new_ones(taps.shape[0], taps.shape[3]) if rows is None else rows
             sums = _launcher(backend).gram_bound_forward(taps, scale, signs) / scale
     return sums.view(_result_shape(weight, axis, groups)), signs
@@ -214,18 +214,19 @@ def _launcher(backend: str):  # type: ignore[no-untyped-def]
         from lipfast.kernels import gram_bound as triton_gram_bound
 
         return triton_gram_bound
-    from lipfast.ops import gram_bound_cuda
-
-    return gram_bound_cuda
+    return gram_bound_cpp if backend == "cpp" else gram_bound_cuda
 
 
 def _forward_fake(
     weight: Tensor, q: Tensor | None, axis: str, groups: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    batch, kh, kw, channels, _ = _taps(weight, axis, groups).shape
-    offsets = ((2 * kh - 1) * (2 * kw - 1) + 1) // 2
-    signs = weight.new_empty((batch, channels, offsets, channels), dtype=torch.int8)
+    signs = _empty_signs(_taps(weight, axis, groups))
     return weight.new_empty(_result_shape(weight, axis, groups)), signs
+
+
+def _empty_signs(taps: Tensor) -> Tensor:
+    size = (taps.shape[0], taps.shape[3], gram_bound_gemm.offsets(taps), taps.shape[3])
+    return taps.new_empty(size, dtype=torch.int8)
 
 
 def _backward_fake(
@@ -252,9 +253,8 @@ def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def
     if grad is None:
         return None, None, None, None, None
     weight, q, r, signs = ctx.saved_tensors
-    grad_weight, grad_q = torch.ops.lipfast.gram_bound_backward(
-        grad, weight, q, r, signs, *ctx.options
-    )
+    op = torch.ops.lipfast.gram_bound_backward
+    grad_weight, grad_q = op(grad, weight, q, r, signs, *ctx.options)
     return grad_weight, None if q is None else grad_q, None, None, None
 
 

@@ -31,13 +31,18 @@ def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor, grad:
     grad.copy_(out.mT)
 
 
-def _run(
-    function: str, taps: Tensor, a: Tensor | None, q: Tensor, signs: Tensor, out: Tensor
-) -> None:
-    extension = backends.extension()
-    batch, kh, kw, depth, channels = taps.shape
-    params = extension.GramBoundParams(
-        taps=taps.data_ptr(),
+def gram_bound_params(  # type: ignore[no-untyped-def]
+    size: tuple[int, ...],
+    taps: Tensor | None,
+    a: Tensor | None,
+    q: Tensor,
+    signs: Tensor,
+    out: Tensor,
+):
+    """Return csrc/gram_bound.h: GramBoundParams, for taps of the size (batch, kh, kw, c, n)."""
+    batch, kh, kw, channels, depth = size
+    return backends.extension().GramBoundParams(
+        taps=0 if taps is None else taps.data_ptr(),
         a=0 if a is None else a.data_ptr(),
         q=q.data_ptr(),
         signs=signs.data_ptr(),
@@ -47,7 +52,14 @@ def _run(
         depth=depth,
         kh=kh,
         kw=kw,
-        is_double=taps.dtype == torch.float64,
+        is_double=out.dtype == torch.float64,
     )
+
+
+def _run(
+    function: str, taps: Tensor, a: Tensor | None, q: Tensor, signs: Tensor, out: Tensor
+) -> None:
+    params = gram_bound_params(taps.mT.shape, taps, a, q, signs, out)
     with torch.cuda.device(taps.device):
-        getattr(extension, function)(params, torch.cuda.current_stream(taps.device).cuda_stream)
+        stream = torch.cuda.current_stream(taps.device).cuda_stream
+        getattr(backends.extension(), function)(params, stream)

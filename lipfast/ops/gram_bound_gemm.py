@@ -21,19 +21,14 @@ def gram_bound_forward(taps: Tensor, q: Tensor | None) -> tuple[Tensor, Tensor]:
         r (batch, c), and int8 signs (batch, c, offsets, c), offsets (dy, dx) in the order of
         dy (2 kw - 1) + dx = 0, 1, ...
     """
-    batch, _, kw, channels, _ = taps.shape
-    offsets = _offsets(taps)
-    if taps[0].numel() <= _ONE_PRODUCT_FORWARD:
-        gram = _correlate_in_one_product(taps)
-    else:
-        gram = taps.new_zeros(batch, channels, offsets * channels)
-        for kernel, out in zip(_rows(taps), gram, strict=True):
-            _correlate(kernel, channels, kw, out)
-    signs = gram.sign().to(torch.int8).view(batch, channels, offsets, channels)
+    batch, channels, count = taps.shape[0], taps.shape[3], offsets(taps)
+    small = taps[0].numel() <= _ONE_PRODUCT_FORWARD
+    gram = _correlate_in_one_product(taps) if small else correlate(taps)
+    signs = gram.sign().to(torch.int8).view(batch, channels, count, channels)
     gram.abs_()
     if q is None:
         down = gram[:, :, channels:].sum(dim=1)
-        return gram.sum(dim=2) + down.view(batch, offsets - 1, channels).sum(dim=1), signs
+        return gram.sum(dim=2) + down.view(batch, count - 1, channels).sum(dim=1), signs
     gram = gram.view(signs.shape)
     others = gram[:, :, 1:].sum(dim=2)
     sums = gram[:, :, 0] + others + others.mT
@@ -48,21 +43,36 @@ def gram_bound_backward(
     factors = signs * (weights + weights.mT)[:, :, None]
     if taps[0].numel() <= _ONE_PRODUCT_BACKWARD:
         grad.copy_(_expand_in_one_product(taps, factors))
-        return
+    else:
+        expand(taps, factors.flatten(2), grad)
+
+
+def correlate(taps: Tensor) -> Tensor:
+    """Return the correlations (batch, c, offsets c)."""
+    batch, _, kw, channels, _ = taps.shape
+    gram = taps.new_zeros(batch, channels, offsets(taps) * channels)
+    for kernel, out in zip(in_rows(taps), gram, strict=True):
+        _correlate(kernel, channels, kw, out)
+    return gram
+
+
+def expand(taps: Tensor, factors: Tensor, grad: Tensor) -> None:
+    """Write dL/dtaps into grad, for factors (batch, c, offsets c)."""
     _, kh, kw, channels, depth = taps.shape
-    for kernel, factor, out in zip(_rows(taps), factors.flatten(2), grad, strict=True):
+    for kernel, factor, out in zip(in_rows(taps), factors, grad, strict=True):
         expanded = _expand(kernel, channels, kw, factor)
         out.copy_(expanded.view(depth, kh, kw, channels).permute(1, 2, 3, 0))
 
 
-def _offsets(taps: Tensor) -> int:
+def in_rows(taps: Tensor) -> Tensor:
+    """Return (batch, n, taps c), the layout that weights in their usual memory soonest turn to."""
+    return taps.permute(0, 4, 1, 2, 3).contiguous().flatten(2)
+
+
+def offsets(taps: Tensor) -> int:
+    """Return the number of offsets in the half plane."""
     kh, kw = taps.shape[1:3]
     return ((2 * kh - 1) * (2 * kw - 1) + 1) // 2
-
-
-def _rows(taps: Tensor) -> Tensor:
-    """(batch, n, taps c): from the usual memory of weights, the layout that is fastest to copy."""
-    return taps.permute(0, 4, 1, 2, 3).contiguous().flatten(2)
 
 
 def _runs(taps: int, kw: int) -> list[tuple[int, int, int, int]]:
@@ -103,9 +113,9 @@ def _correlate_in_one_product(taps: Tensor) -> Tensor:
     row, tap = (2 * kw - 1) * channels * depth, channels * depth
     padded = F.pad(taps, (0, 0, 0, 0, 0, kw - 1, 0, kh - 1)).contiguous()
     shifted = padded.as_strided(
-        (batch, _offsets(taps), channels, kh, kw, depth),
+        (batch, offsets(taps), channels, kh, kw, depth),
         ((2 * kh - 1) * row, tap, depth, row, tap, 1),
-    ).reshape(batch, _offsets(taps) * channels, kh * kw * depth)
+    ).reshape(batch, offsets(taps) * channels, kh * kw * depth)
     return taps.permute(0, 3, 1, 2, 4).reshape(batch, channels, -1) @ shifted.mT
 
 

@@ -2,22 +2,31 @@
 
 from .block_conv import block_conv
 from .cayley import cayley
-from .conv_norm import (
-    conv_norm_bound,
-    power_iteration,
-    schatten_bound,
-    torus_bound,
-    unfolding_bound,
-)
+from .conv_norm import power_iteration, schatten_bound, torus_bound, unfolding_bound
 from .convolution import circular_pad, conv2d, conv2d_same, conv2d_same_adjoint, transpose_kernel
 from .fourier_conv import fourier_conv, kernel_spectrum
 from .gram_bound import aol_rescale, gram_bound, inverse_or_zero
 from .polar import bjorck, polar
 from .residual_conv import residual_conv
-from .skew_exp import skew_exp, skew_kernel, taylor_supremum
+from .series import (
+    Coefficients,
+    polynomial_supremum,
+    taylor_coefficients,
+    taylor_supremum,
+    unimodular_coefficients,
+)
+from .skew_exp import (
+    matrix_polynomial,
+    skew_exp,
+    skew_kernel,
+    skew_norm_bound,
+    skew_polynomial,
+    skew_power_iteration,
+)
 from .sound import contract, round_contraction, unit_scale
 
 __all__ = [
+    "Coefficients",
     "unit_scale",
     "round_contraction",
     "contract",
@@ -30,18 +39,24 @@ __all__ = [
     "conv2d",
     "conv2d_same",
     "conv2d_same_adjoint",
-    "conv_norm_bound",
     "fourier_conv",
     "gram_bound",
     "kernel_spectrum",
+    "matrix_polynomial",
     "polar",
     "power_iteration",
     "residual_conv",
     "schatten_bound",
+    "polynomial_supremum",
     "skew_exp",
     "skew_kernel",
+    "skew_norm_bound",
+    "skew_polynomial",
+    "skew_power_iteration",
+    "taylor_coefficients",
     "taylor_supremum",
     "torus_bound",
     "transpose_kernel",
+    "unimodular_coefficients",
     "unfolding_bound",
 ]

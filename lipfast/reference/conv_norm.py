@@ -8,8 +8,7 @@ from torch import Tensor
 from .convolution import conv2d_same, conv2d_same_adjoint
 from .fourier_conv import kernel_spectrum
 
-DENSE_LIMIT = 2304  # largest side of a dense zero-padded operator: 0.1 GB and seconds on two cores
-TORUS_GRID = 64  # frequencies per axis where the dense operator is too large
+TORUS_GRID = 64  # frequencies per axis
 
 
 def power_iteration(
@@ -99,50 +98,21 @@ def unfolding_bound(kernel: Tensor, *, skew: bool = False, squarings: int = 5) -
     return math.sqrt(kh * kw) * torch.stack(norms).amin()
 
 
-def conv_norm_bound(kernel: Tensor, map_size: tuple[int, int], padding_mode: str) -> Tensor:
-    """Return an upper bound of the norm of a same-size convolution on maps of `map_size`.
-
-    Circular padding: the largest Schatten bound over the map's own frequencies. Zero padding: the
-    Schatten bound of the dense operator where it is small enough, else that of the torus of
-    (h + kh - 1, w + kw - 1), which the zero-padded map is a part of, or, for still larger maps, the
-    torus bound. Within 0.3 % of the norm of the operator or the torus that is named.
-
-    Args:
-        kernel: (out, in, kh, kw), odd kh and kw; float64 for a proof.
-        map_size: (h, w).
-        padding_mode: "zeros" or "circular".
-
-    Returns:
-        Tensor without axes.
-    """
-    out_channels, in_channels, kh, kw = kernel.shape
-    h, w = map_size
-    if kh == kw == 1:
-        return schatten_bound(kernel.flatten(1), squarings=11)
-    if padding_mode == "circular":
-        return schatten_bound(kernel_spectrum(kernel, map_size), squarings=11).amax()
-    if max(in_channels, out_channels) * h * w > DENSE_LIMIT:
-        torus = (h + kh - 1, w + kw - 1)  # too large to wrap around within the map
-        if torus[0] * torus[1] > TORUS_GRID**2:
-            return torus_bound(kernel)
-        return schatten_bound(kernel_spectrum(kernel, torus), squarings=11).amax()
-    n = in_channels * h * w
-    basis = torch.eye(n, dtype=kernel.dtype, device=kernel.device).reshape(n, in_channels, h, w)
-    operator = conv2d_same(basis, kernel, None, "zeros").flatten(1)
-    return schatten_bound(operator, squarings=11)
-
-
-def torus_bound(kernel: Tensor, *, grid: int = TORUS_GRID) -> Tensor:
+def torus_bound(
+    kernel: Tensor, *, grid: int | tuple[int, int] = TORUS_GRID, squarings: int = 10
+) -> Tensor:
     """Return a bound of the norm of a convolution for zero and circular padding and any map size.
 
-    The largest transfer matrix on a `grid` x `grid` torus, divided by cos(pi d / grid) per axis
-    with d = (k - 1) / 2 (Ehlich and Zeller 1964 for trigonometric polynomials of degree d).
+    The largest transfer matrix on a torus of `grid`, divided by cos(pi d / n) for each axis of n
+    frequencies, d = (k - 1) / 2 (Ehlich and Zeller 1964 for trigonometric polynomials of degree d).
 
     Args:
         kernel: (out, in, kh, kw), odd kh and kw, at most `grid` taps per axis.
-        grid: frequencies per axis.
+        grid: frequencies per axis, one number or (rows, columns).
+        squarings: see `schatten_bound`.
     """
     kh, kw = kernel.shape[-2:]
-    norms = schatten_bound(kernel_spectrum(kernel, (grid, grid)), squarings=10)
-    factor = math.cos(math.pi * (kh // 2) / grid) * math.cos(math.pi * (kw // 2) / grid)
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    norms = schatten_bound(kernel_spectrum(kernel, (rows, columns)), squarings=squarings)
+    factor = math.cos(math.pi * (kh // 2) / rows) * math.cos(math.pi * (kw // 2) / columns)
     return norms.amax() / factor

@@ -19,14 +19,20 @@ def kernel_spectrum(kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
     Returns:
         Complex tensor (h * (w // 2 + 1), out, in).
     """
-    h, w = map_size
     out_channels, in_channels, kh, kw = kernel.shape
-    rows = _phases(h, h, kh, kernel)
-    columns = _phases(w // 2 + 1, w, kw, kernel)
-    table = (rows[:, None, :, None] * columns[None, :, None, :]).reshape(-1, kh * kw)
+    table = frequency_table(kernel, map_size)
     taps = kernel.reshape(out_channels * in_channels, kh * kw).T
     spectrum = torch.complex(table.real @ taps, table.imag @ taps)
     return spectrum.reshape(-1, out_channels, in_channels)
+
+
+def frequency_table(kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
+    """Return the factors (h * (w // 2 + 1), kh * kw) of the taps in `kernel_spectrum`, complex."""
+    h, w = map_size
+    kh, kw = kernel.shape[-2:]
+    rows = _phases(h, h, kh, kernel)
+    columns = _phases(w // 2 + 1, w, kw, kernel)
+    return (rows[:, None, :, None] * columns[None, :, None, :]).reshape(-1, kh * kw)
 
 
 def fourier_conv(x: Tensor, spectrum: Tensor) -> Tensor:

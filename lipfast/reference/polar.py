@@ -14,13 +14,14 @@ def polar(matrix: Tensor, *, iterations: int = 10, ridge: float | Tensor = 1e-4)
     Args:
         matrix: V, (..., m, n), real or complex; where m > n the adjoint problem is solved.
         iterations: number of Newton steps.
-        ridge: added to the diagonal, a number or a tensor without axes.
+        ridge: added to the diagonal, a number or a tensor that broadcasts with (..., 1, 1).
     """
     if matrix.shape[-2] > matrix.shape[-1]:
         return polar(matrix.mH, iterations=iterations, ridge=ridge).mH
     identity = torch.eye(matrix.shape[-2], dtype=matrix.dtype, device=matrix.device)
     gram = matrix @ matrix.mH + ridge * identity
     norm = torch.linalg.matrix_norm(gram, keepdim=True) + ridge
+    norm = torch.where(norm == 0, 1, norm)  # a zero matrix gives zeros
     y = gram / norm
     z = identity.expand_as(y)
     for _ in range(iterations):

@@ -110,6 +110,18 @@ def restore_model(model: nn.Module, checkpoint: Checkpoint, path: Path | str) ->
     model.load_state_dict(checkpoint.model)
 
 
+def check_same(path: Path, part: str, own: Any, stored: Any) -> None:
+    """Raise a ValueError where `part` of the checkpoint at `path` is not that of this run."""
+    if not isinstance(own, dict) or not isinstance(stored, dict):
+        own, stored = {part: own}, {part: stored}
+    for name in own | stored:
+        if name != "device" and own.get(name) != stored.get(name):
+            raise ValueError(
+                f"{path} is of another run: its {part} has {name} = {stored.get(name)!r}, this run "
+                f"has {own.get(name)!r}"
+            )
+
+
 def _layout(state: dict[str, Tensor]) -> dict[str, str]:
     return {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in state.items()}
 

@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lipfast
 from lipfast.data import DeviceLoader
+from lipfast.nn.convergence import warn_of_unconverged_layers
 
-from .checkpoint import Checkpoint, load_checkpoint, restore_model, save_checkpoint
+from .checkpoint import Checkpoint, check_same, load_checkpoint, restore_model, save_checkpoint
 from .config import TrainConfig
 from .loss import margin_cross_entropy
 from .progress import ProgressBar
@@ -80,7 +81,8 @@ def train(
 
     Neither uses nor changes torch's global random state. The same model, loader and config give the
     same weights, as far as the device's kernels are deterministic; a resumed run too. The host
-    waits for the device once per epoch.
+    waits for the device at the end of an epoch only, where it also warns of layers whose iteration
+    has not converged.
 
     When torch.distributed is initialised, every process calls this with a loader of its own rank;
     the gradient is that of the whole global batch, also when the slices have different sizes. Only
@@ -123,6 +125,8 @@ def train(
     ):
         for epoch in range(len(run.losses), config.epochs):
             loss = run.epoch(epoch, bar, path)
+            if main:
+                warn_of_unconverged_layers(model)
             if path is not None and main:
                 run.save(path)
             if on_epoch is not None and main:
@@ -242,7 +246,7 @@ class _Run:
         checkpoint = load_checkpoint(path)
         metadata = checkpoint.metadata
         for part, own in self._identity().items():
-            _check_same(path, part, own, metadata.get(part))
+            check_same(path, part, own, metadata.get(part))
         restore_model(self.model, checkpoint, path)
         for name, buffer in checkpoint.momentum.items():
             if name not in self.parameters:
@@ -287,14 +291,3 @@ def _placed(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def _check_same(path: Path, part: str, own: Any, stored: Any) -> None:
-    if not isinstance(own, dict) or not isinstance(stored, dict):
-        own, stored = {part: own}, {part: stored}
-    for name in own | stored:
-        if name != "device" and own.get(name) != stored.get(name):
-            raise ValueError(
-                f"{path} is of another run: its {part} has {name} = {stored.get(name)!r}, this run "
-                f"has {own.get(name)!r}"
-            )

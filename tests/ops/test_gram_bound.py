@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lipfast.ops import gram_bound, gram_bound_gemm
+from lipfast import backends
+from lipfast.ops import gram_bound, gram_bound_cpp, gram_bound_gemm
 
 SHAPES = [(1, 1, 1, 1), (1, 1, 3, 3), (3, 3, 3, 3), (17, 17, 3, 3), (5, 3, 3, 3), (3, 5, 2, 4)]
 SHAPES += [(4, 4, 1, 7), (2, 3, 7, 1), (3, 2, 7, 7), (2, 2, 5, 6), (6, 4), (1, 5), (5, 1)]
 SHAPES += [(2, 5, 3, 3, 3), (3, 4, 6), (1, 4, 4, 2, 2)]
-BACKENDS = ["torch", "reference"]
+NO_CPP = backends.cpp_can_run(torch.empty(0)) is not None
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(NO_CPP, reason="lipfast._C is not built"))
 
 
 def definition(weight: Tensor, q: Tensor | None, axis: str, groups: int = 1) -> Tensor:
@@ -52,18 +54,42 @@ def draw(
     return weight.requires_grad_(), q.requires_grad_(), grad
 
 
-@pytest.fixture(params=["one product", "a product for each row"])
+def take_path(path: str, monkeypatch) -> None:
+    for module in (gram_bound_cpp, gram_bound_gemm):
+        for name in ("_ONE_PRODUCT_FORWARD", "_ONE_PRODUCT_BACKWARD"):
+            monkeypatch.setattr(module, name, 10**9 if path == "one product" else 0)
+    limit = 10**9 if path == "a product for each row" else 0
+    monkeypatch.setattr(gram_bound_cpp, "_ROW_PRODUCTS_FORWARD", limit)
+
+
+@pytest.fixture(params=["one product", "a product for each row", "products in place"])
 def path(request, monkeypatch):
-    limit = 10**9 if request.param == "one product" else 0
-    monkeypatch.setattr(gram_bound_gemm, "_ONE_PRODUCT_FORWARD", limit)
-    monkeypatch.setattr(gram_bound_gemm, "_ONE_PRODUCT_BACKWARD", limit)
+    take_path(request.param, monkeypatch)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def ways(*names: str) -> list:
+    """Each way in which one of these backends computes."""
+    paths = {"cpp": ["one product", "a product for each row", "products in place"]}
+    paths |= {"torch": ["one product", "products in place"], "reference": ["published"]}
+    marks = {"cpp": CPP.marks}
+    return [
+        pytest.param((name, path), id=f"{name}, {path}", marks=marks.get(name, ()))
+        for name in names
+        for path in paths[name]
+    ]
+
+
+@pytest.fixture(params=ways("cpp", "torch", "reference"))
+def backend(request, monkeypatch):
+    name, path = request.param
+    take_path(path, monkeypatch)
+    return name
+
+
 @pytest.mark.parametrize("with_q", [False, True])
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_definition(shape, axis, with_q, backend, path, poisoned_empty):
+def test_equals_the_definition(shape, axis, with_q, backend, poisoned_empty):
     weight, q, grad = draw(shape, axis)
     inputs = (weight, q) if with_q else (weight,)
     scale = q if with_q else None
@@ -75,12 +101,11 @@ def test_equals_the_definition(shape, axis, with_q, backend, path, poisoned_empt
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("axis", ["in", "out"])
 @pytest.mark.parametrize(
     ("shape", "groups"), [((6, 2, 3, 3), 3), ((4, 1, 3, 2), 4), ((6, 4), 2), ((2, 4, 3, 2, 2), 2)]
 )
-def test_groups_do_not_meet(shape, groups, axis, backend, path, poisoned_empty):
+def test_groups_do_not_meet(shape, groups, axis, backend, poisoned_empty):
     weight, q, grad = draw(shape, axis, groups=groups)
     r = gram_bound(weight, q, axis=axis, groups=groups, backend=backend)
     expected = definition(weight, q, axis, groups)
@@ -90,19 +115,20 @@ def test_groups_do_not_meet(shape, groups, axis, backend, path, poisoned_empty):
     )
 
 
+@pytest.mark.parametrize("backend", ways("cpp", "torch"), indirect=True)
 @pytest.mark.parametrize("shape", [(16, 16, 3, 3), (64, 64, 3, 3), (20, 48, 5, 3), (96, 80)])
-def test_float32_is_as_exact_as_the_published_form(shape, path):
+def test_float32_is_as_exact_as_the_published_form(shape, backend):
     weight, q, grad = draw(shape, "in")
     exact = definition(weight, q, "in")
     exact_grad = torch.autograd.grad(exact, (weight, q), grad)
     errors = {}
-    for backend in BACKENDS:
+    for name in (backend, "reference"):
         w, v = (t.detach().float().requires_grad_() for t in (weight, q))
-        r = gram_bound(w, v, backend=backend)
+        r = gram_bound(w, v, backend=name)
         values = (r, *torch.autograd.grad(r, (w, v), grad.float()))
         pairs = zip(values, (exact, *exact_grad), strict=True)
-        errors[backend] = [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
-    for ours, published in zip(errors["torch"], errors["reference"], strict=True):
+        errors[name] = [((a.double() - b).norm() / b.norm()).item() for a, b in pairs]
+    for ours, published in zip(errors[backend], errors["reference"], strict=True):
         assert ours < 2 * published + 1e-6
 
 

@@ -9,10 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lipfast
 from lipfast import backends
-from lipfast.ops import gram_bound, gram_bound_gemm
+from lipfast.ops import gram_bound, gram_bound_cpp, gram_bound_cuda, gram_bound_gemm
 
 OP = torch.ops.lipfast.gram_bound.default
 BACKWARD_OP = torch.ops.lipfast.gram_bound_backward.default
+NO_CPP = backends.cpp_can_run(torch.empty(0)) is not None
+CPP = pytest.param("cpp", marks=pytest.mark.skipif(NO_CPP, reason="lipfast._C is not built"))
 
 
 def draw(shape: tuple[int, ...], axis: str = "in") -> tuple[Tensor, Tensor, Tensor]:
@@ -26,12 +28,13 @@ def draw(shape: tuple[int, ...], axis: str = "in") -> tuple[Tensor, Tensor, Tens
 
 @pytest.mark.parametrize("shape", [(3, 4, 3, 3), (2, 3, 4, 2, 2), (4, 3), (0, 3, 3, 3)])
 @pytest.mark.parametrize("axis", ["in", "out"])
-def test_registration(shape, axis):
+@pytest.mark.parametrize("backend", [CPP, "torch"])
+def test_registration(shape, axis, backend):
     weight, q, grad = draw(shape, axis)
-    torch.library.opcheck(OP, (weight, q, axis, 1, "torch"))
-    torch.library.opcheck(OP, (weight.detach().float().requires_grad_(), None, axis, 1, "torch"))
-    r, signs = (t.detach() for t in OP(weight, q, axis, 1, "torch"))
-    arguments = (grad, weight.detach(), q.detach(), r, signs, axis, 1, "torch")
+    torch.library.opcheck(OP, (weight, q, axis, 1, backend))
+    torch.library.opcheck(OP, (weight.detach().float().requires_grad_(), None, axis, 1, backend))
+    r, signs = (t.detach() for t in OP(weight, q, axis, 1, backend))
+    arguments = (grad, weight.detach(), q.detach(), r, signs, axis, 1, backend)
     torch.library.opcheck(BACKWARD_OP, arguments)
 
 
@@ -39,8 +42,9 @@ def test_fake_tensors_have_shape_and_dtype():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        r = gram_bound(torch.empty(2, 5, 4, 3, 3, dtype=torch.bfloat16), groups=5)
-        assert (r.shape, r.dtype) == ((2, 20), torch.bfloat16)
+        for channels in (4, 400):
+            r = gram_bound(torch.empty(2, 5, channels, 3, 3, dtype=torch.bfloat16), groups=5)
+            assert (r.shape, r.dtype) == ((2, 5 * channels), torch.bfloat16)
         r, signs = OP(torch.empty(5, 4, 3, 3, device="cuda"), None, "out", 1, "triton")
         assert (r.device.type, r.shape, signs.shape) == ("cuda", (5,), (1, 5, 13, 5))
         assert signs.dtype == torch.int8
@@ -99,20 +103,43 @@ def test_work_of_forward_and_backward():
     assert count.total == (45 + 81) * channels**3
 
 
-def test_is_deterministic():
+@pytest.mark.skipif(NO_CPP, reason="lipfast._C is not built")
+@pytest.mark.parametrize(("channels", "forward"), [(24, 81), (48, 54), (120, 45)])
+def test_work_with_cpp(channels, forward):
+    taps = torch.randn(1, 3, 3, channels, channels)
+    signs = torch.empty(1, channels, 13, channels, dtype=torch.int8)
+    ones = torch.ones(1, channels)
+    with CountProducts() as count:
+        gram_bound_cpp.gram_bound_forward(taps, ones, signs)
+        gram_bound_cpp.gram_bound_backward(taps, signs, ones, ones, torch.empty_like(taps))
+    assert count.total == (forward + 81) * channels**3
+
+
+@pytest.mark.parametrize("backend", [CPP, "torch"])
+def test_is_deterministic(backend):
     weight, q, grad = (t.detach().float() for t in draw((96, 96, 3, 3), "in"))
     weight.requires_grad_(), q.requires_grad_()
     runs = []
     for _ in range(4):
-        r = gram_bound(weight, q)
+        r = gram_bound(weight, q, backend=backend)
         runs.append((r, *torch.autograd.grad(r, (weight, q), grad)))
     for other in runs[1:]:
         assert all(map(torch.equal, runs[0], other))
 
 
+@pytest.mark.skipif(NO_CPP, reason="lipfast._C is not built")
+def test_extension_refuses_what_is_missing():
+    extension, ones, signs = backends.extension(), torch.ones(1, 3), torch.ones(1, dtype=torch.int8)
+    params = gram_bound_cuda.gram_bound_params((1, 3, 3, 3, 3), None, None, ones, signs, ones)
+    with pytest.raises(ValueError, match="taps must not be null"):
+        extension.gram_bound_forward_cpu(params, extension.GramBoundProducts.SUMMED)
+    with pytest.raises(ValueError, match="a must not be null"):
+        extension.gram_bound_backward_cpu(params, True)
+
+
 def test_chooses_the_fast_path_and_obeys():
     weight = torch.randn(3, 4, 3, 3)
-    assert backends.choose("gram_bound", weight) == "torch"
+    assert backends.choose("gram_bound", weight) == ("torch" if NO_CPP else "cpp")
     with lipfast.backend("reference"):
         torch.testing.assert_close(gram_bound(weight), gram_bound(weight, backend="torch"))
 
@@ -149,7 +176,11 @@ BAD_INPUTS: list[tuple[Callable[[], object], type[Exception], str]] = [
         ValueError,
         "q must be on the device cpu of weight, got meta",
     ),
-    (lambda: gram_bound(one(2, 2), backend="cpp"), ValueError, "has only the backends"),
+    (
+        lambda: gram_bound(torch.ones(2, 2, device="meta"), backend="cpp"),
+        ValueError,
+        "'cpp' cannot",
+    ),
     (lambda: gram_bound(one(2, 2), backend="cuda"), ValueError, "backend 'cuda' cannot run"),
     (
         lambda: gram_bound(one(2, 2, dtype=torch.float64), backend="triton"),

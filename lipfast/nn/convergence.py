@@ -1,0 +1,70 @@
+"""Whether the iterations that make weights orthogonal have converged, known on the device alone."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipfast import ops
+
+from .kernel import KernelModule, is_transformed
+
+# ||I - X X^H||_F before the last step: after it, singular values are above 0.996
+RESIDUAL_LIMIT = 0.1
+
+
+class PolarModule(KernelModule):
+    """A layer with matrices that are orthogonalised by an iteration.
+
+    `polar_residual` is the largest ||I - X X^H||_F of the last forward pass in training, X a matrix
+    before the last step of its iteration.
+    """
+
+    polar_residual: Tensor
+
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
+        super()._make_parameters(bias, factory)
+        self._register_residual(factory)
+
+    def _register_residual(self, factory: dict[str, Any]) -> None:
+        residual = torch.zeros((), device=factory["device"])
+        self.register_buffer("polar_residual", residual, persistent=False)
+
+    def _polar(self, matrices: Tensor, backend: str | None, **options: Any) -> Tensor:
+        """`ops.polar` of matrices; in training, where `backend` is None, its residual is kept."""
+        training, compiling = backend is None, torch.compiler.is_compiling()
+        if training and is_transformed(self.weight):
+            backend = "reference"  # the others cannot be derived by torch.func
+        factors, residuals = ops.polar(matrices, return_residual=True, backend=backend, **options)
+        # inside torch.func transforms nothing may be written
+        if training and (compiling or not torch._C._are_functorch_transforms_active()):
+            with torch.no_grad():
+                self.polar_residual.copy_(residuals.amax())
+        return factors
+
+
+def unconverged_layers(model: nn.Module) -> list[str]:
+    """Return the names of the layers whose iteration did not converge in the last training step.
+
+    Such a layer is 1-Lipschitz, but some of its singular values lie below 1 and its gradient is not
+    exact. Reads the device once.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, PolarModule)}
+    if not layers:
+        return []
+    residuals = torch.stack([layer.polar_residual.float() for layer in layers.values()]).tolist()
+    return [n for n, value in zip(layers, residuals, strict=True) if value > RESIDUAL_LIMIT]
+
+
+def warn_of_unconverged_layers(model: nn.Module) -> None:
+    """Warn where `unconverged_layers` names any, and say what helps."""
+    names = unconverged_layers(model)
+    if names:
+        warnings.warn(
+            f"the weights of {', '.join(names)} are not orthogonal: their singular values lie so "
+            "far apart that the iteration did not converge. The layers are 1-Lipschitz, but lose "
+            "some of the signal, and their gradients are not exact. A lower learning rate or a "
+            "start from reset_parameters() keeps the singular values together.",
+            stacklevel=2,
+        )

@@ -1,0 +1,339 @@
+"""skew_exp on the CPU: values, derivatives, what is saved, registration, refusals."""
+
+import itertools
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lipfast
+from lipfast import backends, reference
+from lipfast.ops import skew_exp, skew_exp_conv, skew_exp_derivative
+
+F64 = torch.float64
+OP = torch.ops.lipfast.skew_exp.default
+BACKWARD = torch.ops.lipfast.skew_exp_backward.default
+U5 = reference.unimodular_coefficients(5, 2.1)
+T4 = reference.taylor_coefficients(4)
+SHAPES = [(2, 3, 4, 5), (3, 4, 1, 1), (1, 2, 2, 6), (5, 1, 3, 3)]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Let save="terms" run the registered op too, as on a GPU: a CPU takes the composed form."""
+
+    def stacked(x, kernel, coefficients, padding_mode):
+        return OP(x, kernel, coefficients, padding_mode, True, "torch", kernel.dtype)[0]
+
+    monkeypatch.setitem(skew_exp.__globals__, "_composed", stacked)
+
+
+def arguments(
+    shape: tuple[int, ...] = (2, 3, 4, 5), k: int = 3, *, dtype: torch.dtype = F64, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """x, and the kernel of a skew convolution of norm at most 2."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=F64)
+    weight = torch.randn(shape[1], shape[1], k, k, generator=generator, dtype=F64)
+    kernel = reference.skew_kernel(weight)
+    kernel = kernel * (2 * reference.inverse_or_zero(reference.torus_bound(kernel, grid=16)))
+    return x.to(dtype).requires_grad_(), kernel.to(dtype).requires_grad_()
+
+
+def gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], *rest, **options):
+    y = function(*inputs, *rest, **options)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=F64)
+    return [y, *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
+
+
+def dense_operator(kernel: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    n = kernel.shape[1] * size[0] * size[1]
+    basis = torch.eye(n, dtype=F64).reshape(n, -1, *size)
+    return reference.conv2d_same(basis, kernel, None, mode).flatten(1).T
+
+
+@pytest.mark.parametrize("save", ["terms", "input"])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_is_the_polynomial_of_the_dense_operator(k, mode, save, registered):
+    for shape, coefficients in itertools.product(SHAPES, (U5, T4, (0.5, -2.0))):
+        x, kernel = arguments(shape, k)
+        with torch.no_grad():
+            y = skew_exp(x, kernel, coefficients, mode, save=save)
+            operator = dense_operator(kernel, shape[2:], mode)
+        torch.testing.assert_close(operator.T, -operator)
+        polynomial = sum(
+            a * torch.linalg.matrix_power(operator, i) for i, a in enumerate(coefficients)
+        )
+        expected = (x.detach().flatten(1) @ polynomial.T).reshape(shape)
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_many_taylor_terms_are_the_matrix_exponential():
+    x, kernel = arguments()
+    y = skew_exp(x, kernel, reference.taylor_coefficients(25), "zeros")
+    operator = dense_operator(kernel.detach(), (4, 5), "zeros")
+    expected = x.detach().flatten(1) @ torch.linalg.matrix_exp(operator).T
+    torch.testing.assert_close(y.detach().flatten(1), expected)
+
+
+@pytest.mark.parametrize("save", ["terms", "input"])
+@pytest.mark.parametrize(("mode", "k"), [("zeros", 3), ("circular", 3), ("zeros", 1)])
+def test_first_and_second_derivative(mode, k, save, registered):
+    for shape in [(2, 3, 3, 4), (1, 2, 1, 1)]:
+        x, _ = arguments(shape, k)
+        weight = torch.randn(shape[1], shape[1], k, k, dtype=F64, requires_grad=True)
+
+        def function(x: Tensor, weight: Tensor) -> Tensor:
+            return skew_exp(x, 0.3 * reference.skew_kernel(weight), U5, mode, save=save)
+
+        assert torch.autograd.gradcheck(function, (x, weight), fast_mode=True)
+        assert torch.autograd.gradgradcheck(function, (x, weight), fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", ["x", "kernel", "both"])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_both_ways_to_save_give_the_same_gradients(mode, wanted, registered):
+    for dtype, tolerance in ((F64, 1e-14), (torch.float32, 1e-6)):
+        for shape, k in itertools.product(SHAPES, (3, 5)):
+            inputs = arguments(shape, k, dtype=dtype)
+            chosen = [t for t, name in zip(inputs, ("x", "kernel"), strict=True)]
+            for tensor, name in zip(inputs, ("x", "kernel"), strict=True):
+                tensor.requires_grad_(wanted in (name, "both"))
+            chosen = [t for t in inputs if t.requires_grad]
+            results = []
+            for options in ({"save": "terms"}, {"save": "input"}, {"backend": "reference"}):
+                y = skew_exp(*inputs, U5, mode, **options)
+                grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=F64)
+                results.append([y, *torch.autograd.grad(y, chosen, grad.to(dtype))])
+            for other in results[1:]:
+                for a, b in zip(results[0], other, strict=True):
+                    assert float((a - b).norm()) <= tolerance * float(a.norm()) * 5 + 1e-30
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("save", ["terms", "input"])
+def test_is_as_near_to_float64_as_the_plain_sum(save, layout, dtype, registered, poisoned_empty):
+    for shape, k in [((2, 8, 6, 7), 3), ((3, 5, 1, 1), 3), ((4, 6, 2, 9), 1)]:
+        inputs = arguments(shape, k, dtype=dtype)
+        x = inputs[0].detach().contiguous(memory_format=layout).requires_grad_()
+        inputs = (x, inputs[1])
+        wide = tuple(t.detach().double().requires_grad_() for t in inputs)
+        exact = gradients(reference.skew_polynomial, wide, U5, "circular")
+        ours = gradients(skew_exp, inputs, U5, "circular", save=save)
+        theirs = gradients(reference.skew_polynomial, inputs, U5, "circular")
+        assert ours[0].stride() == x.stride()
+        assert ours[1].stride() == x.stride()
+        for a, b, c in zip(exact, ours, theirs, strict=True):
+            assert b.dtype == dtype
+            error, other = (float((value.double() - a).norm()) for value in (b, c))
+            assert error <= 2 * other + 8 * torch.finfo(dtype).eps * float(a.detach().norm())
+
+
+@pytest.mark.parametrize("save", ["terms", "input"])
+def test_strided_input_expanded_gradient_and_empty_batch(save, registered):
+    x, kernel = arguments()
+    strided = torch.stack([x.detach()] * 2, dim=-1)[..., 0].requires_grad_()
+    ours = torch.autograd.grad(
+        skew_exp(strided, kernel, U5, "zeros", save=save).sum(), [strided, kernel]
+    )
+    theirs = torch.autograd.grad(
+        reference.skew_polynomial(x, kernel, U5, "zeros").sum(), [x, kernel]
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    for mode, k in itertools.product(("zeros", "circular"), (1, 3)):
+        y, *grads = gradients(skew_exp, arguments((0, 3, 4, 5), k), U5, mode, save=save)
+        assert y.shape == (0, 3, 4, 5)
+        assert not any(bool(g.any()) for g in grads)
+
+
+def saved_bytes(function: Callable[[], object], *known: Tensor) -> int:
+    """Bytes of the distinct storages that are kept for backward, without those of `known`."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    outside = {t.untyped_storage().data_ptr() for t in known}
+    total = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in outside)
+    del result
+    return total
+
+
+def test_what_is_saved(registered):
+    x, kernel = arguments((4, 6, 8, 8), dtype=torch.float32)
+    assert saved_bytes(lambda: skew_exp(x, kernel, U5, save="input"), x, kernel) == 0
+    assert saved_bytes(lambda: skew_exp(x, kernel, U5), kernel) == 5 * x.nbytes
+    assert saved_bytes(lambda: skew_exp(x, kernel, U5, backend="reference"), kernel) >= 5 * x.nbytes
+    frozen = kernel.detach()
+    assert saved_bytes(lambda: skew_exp(x, frozen, U5, save="input"), x, frozen) == 0
+
+
+@pytest.mark.parametrize("save", ["terms", "input"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_convolves_in_bfloat16_and_keeps_dtypes(x_dtype, k, save):
+    x, kernel = arguments((4, 8, 6, 6), k, dtype=torch.float32)
+    inputs = (x.detach().to(x_dtype).requires_grad_(), kernel)
+    wide = tuple(t.detach().double().requires_grad_() for t in inputs)
+    exact = gradients(skew_exp, wide, U5, "zeros")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = gradients(skew_exp, inputs, U5, "zeros", save=save)
+        torch.testing.assert_close(skew_exp(*wide, U5, "zeros", save=save), exact[0])
+    assert [t.dtype for t in ours] == [x_dtype, x_dtype, torch.float32]
+    errors = [float((a - b.double()).norm() / a.norm()) for a, b in zip(exact, ours, strict=True)]
+    assert max(errors) < 0.02
+    assert errors[0] > 1e-6  # the convolutions are not those of float32
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        ((2, 3, 4, 5), torch.contiguous_format),
+        ((2, 3, 4, 5), torch.channels_last),
+        ((0, 3, 4, 5), torch.channels_last),
+        ((2, 1, 3, 3), torch.contiguous_format),
+    ],
+)
+def test_registration(shape, layout):
+    x, kernel = arguments(shape, dtype=torch.float32)
+    x = x.detach().contiguous(memory_format=layout).requires_grad_()
+    for keep, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        torch.library.opcheck(OP, (x, kernel, T4, "circular", keep, "torch", dtype))
+    plain, small = x.detach(), kernel.detach()
+    terms = OP(plain, small, T4, "zeros", True, "torch", x.dtype)[1]
+    for saved in ((plain, small, None), (None, small, terms)):
+        tests = ("test_schema", "test_faketensor")
+        arguments_of = (plain, *saved, T4, "zeros", "torch", x.dtype)
+        torch.library.opcheck(BACKWARD, arguments_of, test_utils=tests)
+
+
+def test_fake_tensors_have_shape_dtype_and_strides():
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 4, 4, device="cuda").to(memory_format=torch.channels_last)
+        kernel = torch.empty(5, 5, 3, 3, device="cuda")
+        y = skew_exp(x, kernel, U5)
+        assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
+        assert OP(x, kernel, U5, "zeros", True, "torch", x.dtype)[1].shape == (10, 5, 4, 4)
+
+
+@pytest.mark.parametrize("save", ["terms", "input"])
+def test_training_step_is_one_graph(save, registered):
+    torch.compiler.reset()
+    inputs = arguments((2, 4, 3, 5), dtype=torch.float32)
+
+    def step(x: Tensor, kernel: Tensor) -> Tensor:
+        return skew_exp(x, kernel, U5, "circular", save=save).square().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    ours, theirs = (gradients(function, inputs) for function in (compiled, step))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_launchers_get_and_give_what_they_promise(monkeypatch):
+    """The Triton and CUDA launchers share one interface: here torch's convolutions stand in."""
+    seen = []
+
+    def forward(x, kernel, ratios, a0, padding_mode):
+        seen.append(("forward", x.dtype, kernel.dtype, x.is_contiguous(), len(ratios), a0))
+        y, terms = skew_exp_conv.skew_exp_forward(x, kernel, ratios, a0, padding_mode)
+        return y, terms.contiguous()
+
+    def backward(grad, kernel, ratios, a0, padding_mode):
+        seen.append(("backward", grad.dtype, kernel.dtype, grad.is_contiguous(), len(ratios), a0))
+        return skew_exp_conv.skew_exp_backward(grad, kernel, ratios, a0, padding_mode)
+
+    launcher = types.SimpleNamespace(skew_exp_forward=forward, skew_exp_backward=backward)
+    monkeypatch.setattr(skew_exp_derivative, "_launcher", lambda backend: launcher)
+    x, kernel = arguments(dtype=torch.float32)
+    x = x.detach().to(memory_format=torch.channels_last).requires_grad_()
+    expected = gradients(skew_exp, (x, kernel), U5, "zeros", backend="reference")
+    for keep in (True, False):
+
+        def op(x: Tensor, kernel: Tensor) -> Tensor:
+            return OP(x, kernel, U5, "zeros", keep, "cuda", torch.float32)[0]  # noqa: B023
+
+        for a, b in zip(expected, gradients(op, (x, kernel)), strict=True):
+            torch.testing.assert_close(a, b)
+    names = [entry[0] for entry in seen]
+    assert names == ["forward", "backward", "forward", "forward", "backward"]
+    assert {entry[1:] for entry in seen} == {(torch.float32, torch.float32, False, 5, U5[0])}
+
+
+def test_torch_func_takes_the_plain_sum():
+    x, kernel = (t.detach() for t in arguments())
+    jacobian = torch.func.jacrev(lambda x: skew_exp(x, kernel, U5))(x)
+    expected = torch.autograd.functional.jacobian(lambda x: skew_exp(x, kernel, U5), x)
+    torch.testing.assert_close(jacobian, expected)
+    with pytest.raises(ValueError, match=r"'torch' cannot run: the transforms of torch\.func"):
+        torch.func.vmap(lambda x: skew_exp(x, kernel, U5, backend="torch"))(x[None])
+
+
+def test_choice_of_backend():
+    x, kernel = arguments()
+    assert backends.choose("skew_exp", x, kernel) == "torch"
+    with lipfast.backend("reference"):
+        published = skew_exp(x, kernel, reference.taylor_coefficients(5), "zeros")
+    assert torch.equal(published, reference.skew_exp(x, kernel, 5, "zeros"))
+    meta = [t.to("meta") for t in (x, kernel)]
+    assert skew_exp(*meta, U5).is_meta
+    for name in ("triton", "cuda"):
+        with pytest.raises(ValueError, match=f"backend '{name}' cannot run"):
+            skew_exp(x, kernel, U5, backend=name)
+
+
+def test_is_deterministic_and_leaves_its_arguments_alone(registered):
+    inputs = arguments((4, 8, 9, 9), dtype=torch.float32)
+    before = [t.detach().clone() for t in inputs]
+    for save in ("terms", "input"):
+        first, again = (gradients(skew_exp, inputs, U5, "zeros", save=save) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True))
+
+
+X, K = (t.detach() for t in arguments())
+BAD_ARGUMENTS: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: skew_exp(X.numpy(), K, U5), TypeError, "x must be a torch.Tensor, got ndarray"),
+    (lambda: skew_exp(X, None, U5), TypeError, "kernel must be .* got NoneType"),
+    (lambda: skew_exp(X.long(), K, U5), TypeError, "dtype of x must be .*torch.int64"),
+    (lambda: skew_exp(X, K.float(), U5), TypeError, "dtype of kernel .*torch.float32"),
+    (lambda: skew_exp(X[0], K, U5), ValueError, r"\(n, c, h, w\), got \(3, 4, 5\)"),
+    (lambda: skew_exp(X, K[:, :2], U5), ValueError, r"\(3, 3, kh, kw\) .*\(3, 2, 3, 3\)"),
+    (lambda: skew_exp(X, K[..., :2], U5), ValueError, r"odd .*\(3, 3, 3, 2\)"),
+    (lambda: skew_exp(X, K, (1.0,)), ValueError, r"coefficients must .*got \(1.0,\)"),
+    (lambda: skew_exp(X, K, (1.0, 0.0, 1.0)), ValueError, "coefficients must .* other than 0"),
+    (lambda: skew_exp(X, K, (1.0, float("nan"))), ValueError, "coefficients must .*nan"),
+    (lambda: skew_exp(X, K, U5, "reflect"), ValueError, "padding_mode .*got 'reflect'"),
+    (lambda: skew_exp(X, K, U5, save="all"), ValueError, "save must be .*got 'all'"),
+    (lambda: skew_exp(X, K, U5, backend="cpp"), ValueError, "has only the backends"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "text"), BAD_ARGUMENTS)
+def test_refuses(call, error, text):
+    with pytest.raises(error, match=text):
+        call()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("save", ["terms", "input"])
+def test_gpu_equals_the_plain_sum_in_float64(save, mode, layout):
+    x, kernel = (t.detach().cuda() for t in arguments((4, 8, 9, 7)))
+    inputs = (x.contiguous(memory_format=layout).requires_grad_(), kernel.requires_grad_())
+    grad = torch.randn_like(x)
+    options = ({"save": save}, {"backend": "reference"})
+    values = [skew_exp(*inputs, U5, mode, **option) for option in options]
+    ours, theirs = ([y, *torch.autograd.grad(y, inputs, grad)] for y in values)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
