@@ -101,4 +101,4 @@ def _stack(count: int, like: Tensor) -> Tensor:
 
 def _as(value: Tensor, like: Tensor) -> Tensor:
     """Value in the memory format of `like`."""
-    return value.contiguous() if like.is_contiguous() else value
+    return value if value.stride() == like.stride() else torch.empty_like(like).copy_(value)
