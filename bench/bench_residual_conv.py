@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lipfast
-from lipfast import reference
+from lipfast import backends, reference
 from lipfast.nn import SLLConv2d
 from lipfast.ops import residual_conv
 
@@ -54,6 +54,10 @@ def ours(x: Tensor, kernel: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     return residual_conv(x, kernel, bias, scale, "zeros", backend="torch")
 
 
+def fused(x: Tensor, kernel: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+    return residual_conv(x, kernel, bias, scale, "zeros", backend="triton")
+
+
 def saved_inputs(function: Callable[[], Tensor], x: Tensor, *known: Tensor) -> float:
     """What a forward pass keeps for its backward pass, without `known`, in units of x."""
     kept: dict[int, int] = {}
@@ -80,6 +84,8 @@ def bench_residual_conv(compare, benchmark, channels, side, memory_format, dtype
         memory_format=FORMATS[memory_format]
     )
     functions = {"torch": ours, "published": published, "plain pair": plain_pair}
+    if backends.why_not("residual_conv", "triton", *inputs) is None:
+        functions["triton"] = fused
     wide = [t.detach().double().requires_grad_() for t in inputs]
     exact = step(published, wide, grad.double())
 
@@ -90,7 +96,9 @@ def bench_residual_conv(compare, benchmark, channels, side, memory_format, dtype
 
         return call
 
-    assert worst_error(run(ours)(), exact) < 2 * worst_error(run(published)(), exact) + 1e-6
+    allowed = 2 * worst_error(run(published)(), exact) + 1e-6
+    for name in {"torch", "triton"} & functions.keys():
+        assert worst_error(run(functions[name])(), exact) < allowed, name
     saved = {
         name: round(saved_inputs(lambda: f(*inputs), inputs[0], *inputs[1:]), 3)  # noqa: B023
         for name, f in functions.items()

@@ -18,6 +18,7 @@
 #include "gram_bound.h"
 #include "maxmin.h"
 #include "polar.h"
+#include "skew_exp.h"
 
 namespace py = pybind11;
 using namespace lipfast;
@@ -55,6 +56,29 @@ GramBoundParams gram_bound_params(uintptr_t taps, uintptr_t a, uintptr_t q, uint
   check(empty || (q && signs && out), "gram_bound: q, signs and out must not be null");
   return {address<const void>(taps), address<const void>(a), address<const void>(q),
           address<int8_t>(signs), address<void>(out), batch, channels, depth, kh, kw, is_double};
+}
+
+SkewExpParams skew_exp_params(uintptr_t x, uintptr_t taps, uintptr_t out, uintptr_t terms,
+                              int64_t batch, int channels, int height, int width, int kh, int kw,
+                              bool circular, bool channels_last, int dtype,
+                              bool tensor_cores, double a0,
+                              const std::vector<double>& ratios) {
+  check(batch >= 0 && channels >= 0 && height >= 0 && width >= 0,
+        "skew_exp: sizes must not be negative");
+  check(kh >= 1 && kh % 2 && kw >= 1 && kw % 2, "skew_exp: kh and kw must be odd");
+  check(dtype >= 0 && dtype <= 2, "skew_exp: dtype must be 0 (float64), 1 (float32) or 2 "
+                                  "(bfloat16), got " + std::to_string(dtype));
+  check(!ratios.empty() && ratios.size() <= kSkewExpMaxTerms,
+        "skew_exp: there must be 1 to " + std::to_string(kSkewExpMaxTerms) + " ratios, got " +
+            std::to_string(ratios.size()));
+  const bool empty = batch * channels * height * width == 0;
+  check(empty || (x && taps && out), "skew_exp: only terms may be null");
+  SkewExpParams params{address<const void>(x), address<const void>(taps), address<void>(out),
+                       address<void>(terms), batch, channels, height, width, kh, kw,
+                       int(ratios.size()), circular, channels_last, static_cast<DType>(dtype),
+                       tensor_cores, a0, {}};
+  for (size_t k = 0; k < ratios.size(); ++k) params.ratios[k] = ratios[k];
+  return params;
 }
 
 AolRescaleParams aol_rescale_params(uintptr_t weight, uintptr_t r, uintptr_t scaled,
@@ -168,6 +192,20 @@ PYBIND11_MODULE(_C, m) {
   m.attr("polar_max_rows") = kPolarMaxRows;
   m.attr("polar_max_steps") = kPolarMaxSteps;
   m.def("polar_shared_bytes", &polar_shared_bytes);
+  py::class_<SkewExpParams>(m, "SkewExpParams")
+      .def(py::init(&skew_exp_params), py::arg("x"), py::arg("taps"), py::arg("out"),
+           py::arg("terms"), py::arg("batch"), py::arg("channels"), py::arg("height"),
+           py::arg("width"), py::arg("kh"), py::arg("kw"), py::arg("circular"),
+           py::arg("channels_last"), py::arg("dtype"), py::arg("tensor_cores"), py::arg("a0"),
+           py::arg("ratios"));
+  m.attr("skew_exp_max_terms") = kSkewExpMaxTerms;
+  m.attr("skew_exp_each") = kSkewExpEach;
+  m.attr("skew_exp_tile") = kSkewExpTile;
+  m.def("skew_exp_shared_bytes",
+        [](int channels, int height, int width, int dtype, bool tensor_cores) {
+          return skew_exp_shared_bytes(channels, height, width, static_cast<DType>(dtype),
+                                       tensor_cores);
+        });
 
 #if defined(LIPFAST_CUDA_ARCHS)
   m.attr("cuda_archs") = LIPFAST_CUDA_ARCHS;
@@ -186,6 +224,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("gram_bound_backward_cuda", [](const GramBoundParams& params, uintptr_t stream) {
     check(params.taps && params.a, "gram_bound: taps and a must not be null");
     gram_bound_backward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("skew_exp_forward_cuda", [](const SkewExpParams& params, uintptr_t stream) {
+    skew_exp_forward_cuda(params, address<CUstream_st>(stream));
+  }, no_gil);
+  m.def("skew_exp_backward_cuda", [](const SkewExpParams& params, uintptr_t stream) {
+    check(params.terms, "skew_exp: terms must not be null");
+    skew_exp_backward_cuda(params, address<CUstream_st>(stream));
   }, no_gil);
   m.def("aol_rescale_forward_cuda", [](const AolRescaleParams& params, uintptr_t stream) {
     aol_rescale_forward_cuda(params, address<CUstream_st>(stream));

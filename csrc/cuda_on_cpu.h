@@ -1,7 +1,8 @@
 // Lets g++ compile a .cu file and run its kernels on the CPU, for tests: include it first, and
 // write launches as LIPFAST_LAUNCH. Each CUDA thread is a fibre with its own stack; a barrier hands
 // over to the next fibre. Threads of a block run one after another between barriers, so results are
-// those of the kernel, races and speed are not. Shared memory is static to the kernel function.
+// those of the kernel, races and speed are not. Shared memory is static to the kernel function, or,
+// with LIPFAST_LAUNCH_SHARED and LIPFAST_DYNAMIC_SHARED, given at the launch and full of NaN at first.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -9,11 +10,21 @@
 #include <cuda_runtime.h>
 #define LIPFAST_LAUNCH(kernel, grid, block, stream, ...) \
   kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
+#define LIPFAST_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
+  kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__)
+#define LIPFAST_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+// Lets a kernel take more dynamic shared memory than the 48 KB that need no leave.
+template <typename Kernel>
+cudaError_t lipfast_allow_shared(Kernel kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 
 #else
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -51,6 +62,7 @@ struct Fibre {
 inline ucontext_t scheduler;
 inline Fibre* running;
 inline const std::function<void()>* body;
+inline std::vector<uint4> shared;  // dynamic, of the block that runs
 
 inline void enter() {
   (*body)();
@@ -62,6 +74,7 @@ inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   const unsigned threads = block.x * block.y * block.z;
   for (unsigned b = 0; b < grid.x * grid.y * grid.z; ++b) {
     blockIdx = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
+    std::fill(shared.begin(), shared.end(), uint4{~0u, ~0u, ~0u, ~0u});
     std::vector<Fibre> fibres(threads);
     for (unsigned t = 0; t < threads; ++t) {
       Fibre& fibre = fibres[t];
@@ -91,6 +104,16 @@ inline void __syncthreads() {
 }
 
 #define LIPFAST_LAUNCH(kernel, grid, block, stream, ...) \
-  ((void)(stream), cuda_on_cpu::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
+  LIPFAST_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
+#define LIPFAST_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)         \
+  ((void)(stream), cuda_on_cpu::shared.resize((size_t(bytes) + 15) / 16),       \
+   cuda_on_cpu::launch(grid, block, [&] { kernel(__VA_ARGS__); }))
+#define LIPFAST_DYNAMIC_SHARED(name) \
+  unsigned char* name = reinterpret_cast<unsigned char*>(cuda_on_cpu::shared.data())
+
+template <typename Kernel>
+cudaError_t lipfast_allow_shared(Kernel, int) {
+  return cudaSuccess;
+}
 
 #endif

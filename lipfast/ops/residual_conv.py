@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from lipfast import backends
+from lipfast.ops import residual_conv_triton
 from lipfast.reference import circular_pad, conv2d_same, conv2d_same_adjoint
 from lipfast.reference import residual_conv as published
 
@@ -41,8 +42,9 @@ def residual_conv(
         bias: (hidden,) or None.
         scale: (hidden,) or a tensor without axes, non-negative.
         padding_mode: "zeros" or "circular".
-        backend: "torch" is torch's convolutions with this derivative, "reference" the published
-            form with torch's derivative, which keeps three inputs; None takes the forced backend
+        backend: "torch" is torch's convolutions with this derivative, "triton" (not float64) has
+            kernels for channels-last memory, "reference" is the published form with torch's
+            derivative, which keeps three inputs; None takes the forced backend
             (`lipfast.set_backend`), or else "torch" on a GPU and the faster "reference" on a CPU.
 
     Returns:
@@ -59,7 +61,8 @@ def residual_conv(
     chosen = backends.choose("residual_conv", x, kernel, bias, scale, backend=backend)
     if chosen == "reference":
         return published(x, kernel, bias, scale, padding_mode)
-    return torch.ops.lipfast.residual_conv(x, kernel, bias, scale, padding_mode, dtype)[0]
+    arguments = (x, kernel, bias, scale, padding_mode, dtype, chosen)
+    return torch.ops.lipfast.residual_conv(*arguments)[0]
 
 
 def _check(
@@ -127,7 +130,16 @@ def _can_run(x: Tensor, *others: Tensor | None) -> str | None:
     return None
 
 
-backends.register("residual_conv", {"torch": _can_run, "reference": lambda *tensors: None})
+def _triton_can_run(x: Tensor, *others: Tensor | None) -> str | None:
+    if x.dtype == torch.float64:
+        return "it computes in float32, and x has float64"
+    return backends.triton_can_run(x) or _can_run(x, *others)
+
+
+backends.register(
+    "residual_conv",
+    {"triton": _triton_can_run, "torch": _can_run, "reference": lambda *tensors: None},
+)
 
 
 def _forward(
@@ -137,9 +149,12 @@ def _forward(
     scale: Tensor,
     padding_mode: str,
     dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     channels_last = _is_channels_last(x)
     x = _to_layout(x, channels_last)
+    if backend == "triton":
+        return residual_conv_triton.forward(x, kernel, bias, scale, padding_mode, dtype)
     hidden = _convolve(x, kernel, bias, padding_mode, dtype).relu_()
     mask = _pack(_in_memory_order(hidden, channels_last) > 0)
     second = _adjoint(hidden, kernel, scale, padding_mode, dtype)
@@ -153,6 +168,7 @@ def _forward_fake(
     scale: Tensor,
     padding_mode: str,
     dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     values = x.shape[0] * kernel.shape[0] * x.shape[2] * x.shape[3]
     y = torch.empty_like(_to_layout(x, _is_channels_last(x)))
@@ -162,18 +178,27 @@ def _forward_fake(
 def _backward(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     """Gradients by differentiable operations: with create_graph they can be derived again."""
     if grad is None:
-        return (None,) * 6
+        return (None,) * 7
     x, kernel, bias, scale, mask = ctx.saved_tensors
     for_x, for_kernel, for_bias, for_scale = ctx.needs_input_grad[:4]
     mode, dtype, device = ctx.padding_mode, ctx.dtype, x.device.type
-    channels_last = _is_channels_last(x)
+    channels_last = ctx.backend == "triton" or _is_channels_last(x)
+    fused = ctx.backend == "triton" and not torch.is_grad_enabled()
+    shape = (x.shape[0], kernel.shape[0], *x.shape[2:])
+    active = None if fused else _unpack(mask, shape, channels_last)
+
+    def masked(x: Tensor, bias: Tensor | None) -> Tensor:
+        if active is None:
+            return residual_conv_triton.masked(x.to(dtype), kernel, bias, mask, mode)
+        return _convolve(x, kernel, bias, mode, dtype) * active
+
     grad_x = grad_kernel = grad_bias = grad_scale = None
     with torch.autocast(device, enabled=False):
         grad = _to_layout(grad, channels_last)
-        shape = (x.shape[0], kernel.shape[0], *x.shape[2:])
-        active = _unpack(mask, shape, channels_last)
-        inner = _convolve(grad, kernel, None, mode, dtype) * active
-        if for_x:
+        inner = masked(grad, None)
+        if for_x and fused:
+            grad_x = residual_conv_triton.subtract(grad, inner, kernel, scale, mode)
+        elif for_x:
             second = _adjoint(inner, kernel, scale, mode, dtype)
             grad_x = (grad - second).to(x.dtype)
         wide = torch.promote_types(kernel.dtype, torch.float32)
@@ -181,7 +206,7 @@ def _backward(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def
             sums = inner.sum(dim=(0, 2, 3), dtype=wide)
             grad_bias = (-scale.to(wide) * sums).to(bias.dtype)
         if for_kernel or for_scale:
-            hidden = _convolve(x, kernel, bias, mode, dtype) * active
+            hidden = masked(x, bias)
             outer = _kernel_gradient(grad, hidden, kernel, mode, dtype).to(wide)
         if for_kernel:
             both = outer + _kernel_gradient(x, inner, kernel, mode, dtype).to(wide)
@@ -189,11 +214,11 @@ def _backward(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def
         if for_scale:
             sums = -(outer * kernel.to(wide)).sum(dim=(1, 2, 3))
             grad_scale = (sums if scale.dim() else sums.sum()).to(scale.dtype)
-    return grad_x, grad_kernel, grad_bias, grad_scale, None, None
+    return grad_x, grad_kernel, grad_bias, grad_scale, None, None, None
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, kernel, bias, scale, ctx.padding_mode, ctx.dtype = inputs
+    x, kernel, bias, scale, ctx.padding_mode, ctx.dtype, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, kernel, bias, scale, output[1])
 
@@ -260,8 +285,8 @@ def _unpack(mask: Tensor, shape: tuple[int, int, int, int], channels_last: bool)
 
 torch.library.define(
     "lipfast::residual_conv",
-    "(Tensor x, Tensor kernel, Tensor? bias, Tensor scale, str padding_mode, ScalarType dtype)"
-    " -> (Tensor, Tensor)",
+    "(Tensor x, Tensor kernel, Tensor? bias, Tensor scale, str padding_mode, ScalarType dtype, "
+    "str backend) -> (Tensor, Tensor)",
 )
 torch.library.impl("lipfast::residual_conv", ("cpu", "cuda"), _forward)
 torch.library.register_fake("lipfast::residual_conv", _forward_fake)

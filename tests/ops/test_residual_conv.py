@@ -207,8 +207,8 @@ def test_registration(shape, layout):
     for bias, scalar in [(True, False), (False, True)]:
         x, *rest = arguments(shape, 4, bias=bias, scalar=scalar, dtype=torch.float32)
         x = x.detach().contiguous(memory_format=layout).requires_grad_()
-        torch.library.opcheck(OP, (x, *rest, "circular", torch.float32))
-    torch.library.opcheck(OP, (x, *rest, "zeros", torch.bfloat16))
+        torch.library.opcheck(OP, (x, *rest, "circular", torch.float32, "torch"))
+    torch.library.opcheck(OP, (x, *rest, "zeros", torch.bfloat16, "torch"))
 
 
 def test_fake_tensors_have_shape_dtype_and_strides():
@@ -217,7 +217,7 @@ def test_fake_tensors_have_shape_dtype_and_strides():
         kernel, scale = torch.empty(7, 5, 3, 3, device="cuda"), torch.empty((), device="cuda")
         y = residual_conv(x, kernel, None, scale, "zeros")
         assert (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
-        assert OP(x, kernel, None, scale, "zeros", x.dtype)[1].shape == (28,)
+        assert OP(x, kernel, None, scale, "zeros", x.dtype, "torch")[1].shape == (28,)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -286,7 +286,8 @@ BAD_ARGUMENTS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: residual_conv(X, W, B[:2], T, "zeros"), ValueError, r"bias .*\(3,\), got \(2,\)"),
     (lambda: residual_conv(X, W, B, T[:1], "zeros"), ValueError, r"scale .*\(3,\) or \(\), got"),
     (lambda: residual_conv(X, W, B, T, "reflect"), ValueError, "padding_mode .*got 'reflect'"),
-    (lambda: residual_conv(X, W, B, T, "zeros", backend="triton"), ValueError, "has only the"),
+    (lambda: residual_conv(X, W, B, T, "zeros", backend="triton"), ValueError, "x has float64"),
+    (lambda: residual_conv(X, W, B, T, "zeros", backend="cuda"), ValueError, "has only the"),
 ]
 
 
@@ -308,3 +309,32 @@ def test_gpu_equals_the_published_form_in_float64(mode, layout):
     ours, theirs = (torch.autograd.grad(out, inputs, grad) for out in (y, other))
     for a, b in zip([y, *ours], [other, *theirs], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("hidden", [12, 32])
+def test_gpu_triton_is_as_near_to_float64_as_the_published_form(hidden, mode, layout):
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        inputs = [t.detach().cuda().float() for t in arguments((4, 16, 9, 7), hidden)]
+        inputs[0] = inputs[0].contiguous(memory_format=layout)
+        inputs = [t.requires_grad_() for t in inputs]
+        wide = [t.detach().double().requires_grad_() for t in inputs]
+        grad = torch.randn_like(inputs[0])
+        values = []
+        for function, given, options in [
+            (published, wide, {}),
+            (residual_conv, inputs, {"backend": "triton"}),
+            (published, inputs, {}),
+        ]:
+            y = function(*given, mode, **options)
+            values.append([y, *torch.autograd.grad(y, given, grad.to(y.dtype))])
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
+    for exact, ours, theirs in zip(*values, strict=True):
+        error, other = ((t.double() - exact).norm() for t in (ours, theirs))
+        floor = 4 * torch.finfo(torch.float32).eps * exact.norm()
+        assert error <= 2 * other + floor
