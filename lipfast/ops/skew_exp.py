@@ -1,11 +1,13 @@
 """A polynomial of a skew-symmetric convolution applied to a map (SOC)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipfast import backends
+from lipfast.ops import skew_exp_cuda
 from lipfast.ops.skew_exp_derivative import ratios, to_layout
 from lipfast.reference import conv2d_same, matrix_polynomial, skew_polynomial
 
@@ -53,7 +55,7 @@ def skew_exp(
     Source: Singla, Feizi, "Skew orthogonal convolutions", ICML 2021, equation 8.
     """
     dtype = _check(x, kernel, coefficients, padding_mode, save)
-    chosen = backends.choose("skew_exp", x, kernel, backend=backend)
+    chosen = backends.choose("skew_exp", x, kernel, len(coefficients) - 1, dtype, backend=backend)
     if chosen == "reference":
         return skew_polynomial(x, kernel, coefficients, padding_mode)
     if chosen == "torch" and _is_cheaper_as_a_matrix(x, kernel):
@@ -113,7 +115,7 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _can_run(x: Tensor, kernel: Tensor) -> str | None:
+def _can_run(x: Tensor, kernel: Tensor, terms: int, dtype: torch.dtype) -> str | None:
     if x.is_meta:
         return "it needs tensors on a CPU or a CUDA GPU, got one on meta"
     if torch.compiler.is_compiling():
@@ -124,14 +126,14 @@ def _can_run(x: Tensor, kernel: Tensor) -> str | None:
     return None
 
 
-def _triton_can_run(x: Tensor, kernel: Tensor) -> str | None:
+def _triton_can_run(x: Tensor, *others: Any) -> str | None:
     if x.dtype == torch.float64:
         return "it computes in float32, and x has float64"
-    return backends.triton_can_run(x) or _can_run(x, kernel)
+    return backends.triton_can_run(x) or _can_run(x, *others)
 
 
-def _cuda_can_run(x: Tensor, kernel: Tensor) -> str | None:
-    return backends.cuda_can_run(x) or _can_run(x, kernel)
+def _cuda_can_run(x: Tensor, kernel: Tensor, terms: int, dtype: torch.dtype) -> str | None:
+    return _can_run(x, kernel, terms, dtype) or skew_exp_cuda.can_run(x, terms, dtype)
 
 
 backends.register(
@@ -140,7 +142,7 @@ backends.register(
         "triton": _triton_can_run,
         "cuda": _cuda_can_run,
         "torch": _can_run,
-        "reference": lambda *tensors: None,
+        "reference": lambda *arguments: None,
     },
 )
 

@@ -32,7 +32,7 @@ def _forward(
     if backend == "torch":
         y, terms = skew_exp_conv.skew_exp_forward(x, *arguments, keep=keep)
         return y, terms.flatten(0, 1)
-    y, terms = _launcher(backend).skew_exp_forward(x.to(dtype), *arguments)
+    y, terms = _launcher(backend).skew_exp_forward(x.to(dtype), *arguments, keep=keep)
     y = to_layout(y, x).to(x.dtype)
     if not keep:
         return y, _forward_fake(x, kernel, coefficients, padding_mode, keep, backend, dtype)[1]

@@ -243,9 +243,9 @@ def test_launchers_get_and_give_what_they_promise(monkeypatch):
     """The Triton and CUDA launchers share one interface: here torch's convolutions stand in."""
     seen = []
 
-    def forward(x, kernel, ratios, a0, padding_mode):
+    def forward(x, kernel, ratios, a0, padding_mode, *, keep):
         seen.append(("forward", x.dtype, kernel.dtype, x.is_contiguous(), len(ratios), a0))
-        y, terms = skew_exp_conv.skew_exp_forward(x, kernel, ratios, a0, padding_mode)
+        y, terms = skew_exp_conv.skew_exp_forward(x, kernel, ratios, a0, padding_mode, keep=keep)
         return y, terms.contiguous()
 
     def backward(grad, kernel, ratios, a0, padding_mode):
@@ -280,7 +280,7 @@ def test_torch_func_takes_the_plain_sum():
 
 def test_choice_of_backend():
     x, kernel = arguments()
-    assert backends.choose("skew_exp", x, kernel) == "torch"
+    assert backends.choose("skew_exp", x, kernel, 5, x.dtype) == "torch"
     with lipfast.backend("reference"):
         published = skew_exp(x, kernel, reference.taylor_coefficients(5), "zeros")
     assert torch.equal(published, reference.skew_exp(x, kernel, 5, "zeros"))
