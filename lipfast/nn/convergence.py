@@ -51,7 +51,8 @@ def unconverged_layers(model: nn.Module) -> list[str]:
     exact. Waits for the device.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PolarModule)}
-    return [n for n, layer in layers.items() if float(layer.polar_residual) > RESIDUAL_LIMIT]
+    # NaN has not converged either
+    return [n for n, p in layers.items() if not float(p.polar_residual) <= RESIDUAL_LIMIT]
 
 
 def warn_of_unconverged_layers(model: nn.Module) -> None:

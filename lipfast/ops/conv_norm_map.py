@@ -98,9 +98,8 @@ def _scaled_bound(kernel: Tensor, h: int, w: int, padding_mode: str) -> Tensor:
                 return bound
         h, w = h + kh - 1, w + kw - 1
     if h * w > _TORUS_GRID**2:
-        factor = math.cos(math.pi * (kh // 2) / _TORUS_GRID)
-        factor *= math.cos(math.pi * (kw // 2) / _TORUS_GRID)
-        h = w = _TORUS_GRID
+        h, w = max(_TORUS_GRID, 2 * kh), max(_TORUS_GRID, 2 * kw)
+        factor = math.cos(math.pi * (kh // 2) / h) * math.cos(math.pi * (kw // 2) / w)
     else:
         factor = 1.0
     bound = _proved(_transfer_matrices(kernel, h, w), 1, kernel, (h, w), "circular")

@@ -107,12 +107,14 @@ def torus_bound(
     frequencies, d = (k - 1) / 2 (Ehlich and Zeller 1964 for trigonometric polynomials of degree d).
 
     Args:
-        kernel: (out, in, kh, kw), odd kh and kw, at most `grid` taps per axis.
-        grid: frequencies per axis, one number or (rows, columns).
+        kernel: (out, in, kh, kw), odd kh and kw.
+        grid: frequencies per axis, one number or (rows, columns); for an axis with more
+            taps than frequencies twice the taps.
         squarings: see `schatten_bound`.
     """
     kh, kw = kernel.shape[-2:]
     rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    rows, columns = (n if k <= n else 2 * k for n, k in ((rows, kh), (columns, kw)))
     norms = schatten_bound(kernel_spectrum(kernel, (rows, columns)), squarings=squarings)
     factor = math.cos(math.pi * (kh // 2) / rows) * math.cos(math.pi * (kw // 2) / columns)
     return norms.amax() / factor

@@ -41,7 +41,8 @@ def contract(matrix: Tensor) -> tuple[Tensor, Tensor]:
     above = norm > 2
     scaled = torch.where(above, 1 / torch.where(above, norm, 1), 1)[..., None, None] * matrix
     contracted = 1.5 * scaled - 0.5 * (scaled @ scaled.mH) @ scaled
-    bound = torch.where(norm < 1, 1.5 * norm - 0.5 * norm**3, torch.ones_like(norm)).amax()
+    # NaN stays NaN
+    bound = torch.where(norm >= 1, 1, 1.5 * norm - 0.5 * norm**3).amax()
     # the two products are off by (n + 2) eps times Frobenius norms, at most 2 sqrt(m) each
     rounding = 16 * matrix.shape[-2] * (matrix.shape[-1] + 2) * torch.finfo(norm.dtype).eps
     return contracted, bound + rounding

@@ -126,6 +126,14 @@ def test_torus_for_maps_beyond_the_limit(grid, monkeypatch):
                 )
 
 
+@pytest.mark.parametrize("taps", [65, 67, 127])
+def test_kernels_with_more_taps_than_the_grid_has_frequencies(taps):
+    kernel = torch.zeros(1, 1, taps, 1, dtype=F64)
+    kernel[0, 0, 0], kernel[0, 0, 64] = 1, -1  # cancel on 64 frequencies, norm 2 on the plane
+    for bound in (torus_bound(kernel), conv_norm_map_bound(kernel, (70, 60), "circular")):
+        assert 1.99 <= float(bound) <= 3
+
+
 def test_frequencies_in_several_chunks(monkeypatch):
     kernel = torch.randn(3, 4, 3, 3, dtype=F64)
     whole = conv_norm_map_bound(kernel, (7, 6), "circular")

@@ -242,6 +242,13 @@ def test_contract_proves_norm_one_for_any_matrix(dtype):
     assert float(defect) < 1e-7
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_contract_proves_nothing_of_values_that_are_not_finite(value):
+    matrices = torch.eye(3, dtype=F64).repeat(2, 1, 1)
+    matrices[1, 0, 2] = value
+    assert reference.contract(matrices)[1].isnan()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_round_contraction_never_exceeds_its_bound(dtype):
     one = torch.ones((), dtype=F64)

@@ -1,5 +1,6 @@
 """Layers whose iteration does not converge are named at the end of an epoch, and only there."""
 
+import math
 import warnings
 
 import pytest
@@ -69,6 +70,8 @@ def test_names_follow_the_singular_values(least):
     net[0].reset_parameters()
     net[0](torch.randn(1, 4, 3, 5))
     assert unconverged_layers(net) == expected[1:]
+    net[0].polar_residual.fill_(math.nan)
+    assert unconverged_layers(net) == ["0", *expected[1:]]
 
 
 def test_the_residual_is_kept_on_the_device_and_out_of_checkpoints():
