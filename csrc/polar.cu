@@ -2,6 +2,7 @@
 // whole schedule, or through all conjugate gradients. Every sum has a fixed order.
 #include "cuda_on_cpu.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -135,11 +136,11 @@ __global__ void __launch_bounds__(kPolarThreads, kEach == 4 ? 1 : 2)
   const float* grad = p.grad + blockIdx.x * count;
   float* out = p.out + blockIdx.x * count;
 
-  const float x_largest = largest_entry(x, count, scratch);
-  const float grad_largest = largest_entry(grad, count, scratch);
-  const float x_factor = x_largest == 0 ? 1.f : 1 / x_largest;
-  const float grad_factor = grad_largest == 0 ? 1.f : 1 / grad_largest;
-  const float back = grad_largest * x_factor;
+  const float x_factor = 1 / divisor(largest_entry(x, count, scratch));
+  const float grad_size = divisor(largest_entry(grad, count, scratch));
+  const float grad_factor = 1 / grad_size;
+  const float unbounded = grad_size * x_factor;
+  const float back = unbounded > FLT_MAX ? FLT_MAX : unbounded;  // 0 stays 0
   {  // H = x W^H, kept positive definite where W has not converged
     float squares = 0;
     for (int64_t i = threadIdx.y * kSide + threadIdx.x; i < count; i += kPolarThreads) {
@@ -198,6 +199,7 @@ __global__ void __launch_bounds__(kPolarThreads, kEach == 4 ? 1 : 2)
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would report this error again
   throw std::runtime_error("polar: CUDA error " + std::to_string(int(error)) + ": " +
                            cudaGetErrorString(error));
 }

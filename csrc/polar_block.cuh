@@ -2,6 +2,8 @@
 // Thread (y, x) holds the elements (y + 16 u, x + 16 v) of a result, u, v < kEach.
 #pragma once
 
+#include <cfloat>
+
 #include "polar.h"
 
 namespace lipfast {
@@ -164,6 +166,12 @@ __device__ __forceinline__ float largest_entry(const float* x, int64_t count, fl
     if (value > largest || value != value) largest = value;
   }
   return largest_all(largest, scratch);
+}
+
+// What to divide by for a largest entry of about 1, where the reciprocal is finite.
+__device__ __forceinline__ float divisor(float largest) {
+  if (largest == 0) return 1;
+  return largest < FLT_MIN ? FLT_MIN : largest;
 }
 
 // Copies columns first, first + 1, ... of a matrix in global memory to `to`, zeros beyond its end.

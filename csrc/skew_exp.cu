@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(kThreads) skew_exp_kernel(const SkewExpParams 
 
 void check(cudaError_t error) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would report this error again
     throw std::runtime_error("skew_exp: CUDA error " + std::to_string(int(error)) + ": " +
                              cudaGetErrorString(error));
   }

@@ -160,6 +160,7 @@ struct alignas(8) Pair {
   uint32_t at[2];
 };
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void multiply(TF32, float (&sums)[4], Pair low, Pair high, Pair taps) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -174,6 +175,12 @@ __device__ __forceinline__ void multiply(BF16, float (&sums)[4], Pair low, Pair 
       : "r"(low.at[0]), "r"(high.at[0]), "r"(low.at[1]), "r"(high.at[1]), "r"(taps.at[0]),
         "r"(taps.at[1]));
 }
+#else  // can_run in lipfast/ops/skew_exp_cuda.py refuses: these instructions do not exist
+template <typename Type>
+__device__ __forceinline__ void multiply(Type, float (&)[4], Pair, Pair, Pair) {
+  __trap();
+}
+#endif
 
 template <typename Type, typename T>
 __device__ __forceinline__ void multiply_slice(const T* inputs, const int (&from)[kRows],

@@ -24,10 +24,17 @@ def can_run(matrix: Tensor, *, planar: bool = False, ridge: bool = False) -> str
         return f"it computes in float32, and matrix has {str(matrix.dtype).removeprefix('torch.')}"
     rows, columns = sorted(matrix.shape[-2:])
     planes = 2 if planar or matrix.is_complex() else 1
-    limit = backends.extension().polar_shared_limit(matrix.device.index)
+    limit = _shared_limit(matrix.device.index)
     return size_can_run(planes, rows, columns + rows * ridge, limit)
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the extension
+def _shared_limit(device: int) -> int:
+    limit: int = backends.extension().polar_shared_limit(device)
+    return limit
+
+
+@torch.compiler.assume_constant_result
 def size_can_run(
     planes: int, rows: int, columns: int, limit: int = _MAX_SHARED_BYTES
 ) -> str | None:

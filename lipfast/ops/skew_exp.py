@@ -81,6 +81,10 @@ def _check(
         if value.dtype not in expected or value.dtype not in _DTYPES:
             wanted = ", ".join(map(str, _DTYPES)) if name == "x" else f"{x.dtype} as that of x"
             raise TypeError(f"skew_exp: the dtype of {name} must be {wanted}, got {value.dtype}")
+    if kernel.device != x.device:
+        raise ValueError(
+            f"skew_exp: kernel must be on the device {x.device} of x, got {kernel.device}"
+        )
     if x.dim() != 4:
         raise ValueError(f"skew_exp: x must have the shape (n, c, h, w), got {tuple(x.shape)}")
     c = x.shape[1]

@@ -24,16 +24,23 @@ def can_run(x: Tensor, terms: int, dtype: torch.dtype) -> str | None:
         return reason
     if dtype not in _DTYPES:
         return f"it computes in float64, float32 or bfloat16, not in {dtype}"
+    return _size_can_run(*x.shape[1:], terms, dtype, x.device.index)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the extension
+def _size_can_run(
+    c: int, h: int, w: int, terms: int, dtype: torch.dtype, device: int | None
+) -> str | None:
     extension = backends.extension()
     if terms > extension.skew_exp_max_terms:
         return f"it takes at most {extension.skew_exp_max_terms} terms, got {terms}"
-    needed = extension.skew_exp_shared_bytes(*x.shape[1:], _DTYPES[dtype], _tensor_cores(dtype))
-    device = torch.cuda.get_device_properties(x.device)
-    has = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
+    gpu = torch.cuda.get_device_properties(device)
+    if _tensor_cores(dtype) and gpu.major < 8:
+        return f"TF32 and bfloat16 need sm_80 or newer, and the GPU is sm_{gpu.major}{gpu.minor}"
+    needed = extension.skew_exp_shared_bytes(c, h, w, _DTYPES[dtype], _tensor_cores(dtype))
+    has = getattr(gpu, "shared_memory_per_block_optin", gpu.shared_memory_per_block)
     if needed > has:
-        return (
-            f"two maps {tuple(x.shape[1:])} need {needed} bytes of shared memory, a block has {has}"
-        )
+        return f"two maps {(c, h, w)} need {needed} bytes of shared memory, a block has {has}"
     return None
 
 

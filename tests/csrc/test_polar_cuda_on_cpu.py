@@ -132,6 +132,22 @@ def test_zero_nan_and_scaled_matrices(library):
     assert not backward(library, torch.zeros_like(x), x, w, 7)[3:].any()
 
 
+@pytest.mark.parametrize(("x_scale", "grad_scale"), [(1, 1e-40), (1e-39, 1e-10), (1e-40, 1e-40)])
+def test_derivative_of_denormal_numbers(library, x_scale, grad_scale):
+    unit = truth.draw(1, 2, 5, 7)
+    x, grad = x_scale * unit, grad_scale * draw_grad(unit)
+    w, _ = forward(library, x)
+    assert truth.relative_error(w, truth.polar_factor(unit)) <= 1e-4
+    ours = backward(library, grad, x, w, 7).double() * (x_scale / grad_scale)
+    assert truth.relative_error(ours, truth.derivative(draw_grad(unit), unit)) <= 1e-3
+
+
+def test_zero_derivative_stays_zero_beside_huge_factors(library):
+    x = torch.full((1, 1, 1, 1), 1e-39)
+    w, _ = forward(library, x)
+    assert not backward(library, torch.full_like(x, 100), x, w, 7).any()
+
+
 def test_rank_deficient(library):
     x = truth.draw(1, 2, 6, 9)
     x[:, :, 4] = x[:, :, 1]
@@ -161,6 +177,12 @@ def test_reasons_and_bad_sizes():
     assert "up to 64 rows" in polar_cuda.size_can_run(1, 65, 65)
     assert "bytes of shared memory" in polar_cuda.size_can_run(2, 64, 300)
     assert "may have 49152" in polar_cuda.size_can_run(2, 64, 64, limit=48 * 1024)
+    compiled = torch.compile(
+        lambda x: x + (polar_cuda.size_can_run(1, *x.shape) is None),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert compiled(torch.zeros(3, 4)).all()
     sizes = {"batch": 1, "planes": 2, "rows": 3, "columns": 4, "steps": 1, "schedule": []}
     addresses = dict.fromkeys(["x", "grad", "w", "out"], 16)
     extension.PolarParams(**addresses, **sizes)

@@ -180,14 +180,16 @@ def test_shared_memory_counted_by_the_extension_is_that_of_two_maps():
         assert maps <= counted <= 1.51 * maps + 4 * h * w + 4096
 
 
-def test_refuses_without_a_gpu_and_what_does_not_fit(monkeypatch):
+def test_refuses_without_a_gpu_and_what_does_not_fit(monkeypatch, tf32):
     x = torch.empty(1, 64, 16, 16)
     if not torch.cuda.is_available():
         assert skew_exp_cuda.can_run(x, 4, x.dtype)
     if backends.extension() is None:
         return
     monkeypatch.setattr(backends, "cuda_can_run", lambda x: None)
-    gpu = SimpleNamespace(shared_memory_per_block_optin=232448, shared_memory_per_block=49152)
+    gpu = SimpleNamespace(
+        shared_memory_per_block_optin=232448, shared_memory_per_block=49152, major=9, minor=0
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     assert skew_exp_cuda.can_run(x, 4, torch.float32) is None
     assert "33" in str(skew_exp_cuda.can_run(x, 33, torch.float32))
@@ -196,6 +198,18 @@ def test_refuses_without_a_gpu_and_what_does_not_fit(monkeypatch):
     wide = torch.empty(1, 32, 32, 32)
     assert "shared memory" in str(skew_exp_cuda.can_run(wide, 4, torch.float32))
     assert skew_exp_cuda.can_run(wide, 4, torch.bfloat16) is None
+    compiled = torch.compile(
+        lambda x: x + (skew_exp_cuda.can_run(x, 4, x.dtype) is None),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert compiled(torch.zeros(2, 3, 4, 5)).all()
+    gpu.major, gpu.minor = 7, 5
+    assert "sm_75" in str(skew_exp_cuda.can_run(x, 4, torch.bfloat16))
+    tf32(True)
+    assert "sm_75" in str(skew_exp_cuda.can_run(x, 4, torch.float32))
+    tf32(False)
+    assert skew_exp_cuda.can_run(x, 4, torch.float32) is None
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
@@ -218,3 +232,13 @@ def test_nvcc_compiles_without_spills(arch, tmp_path):
         code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         assert re.search(r"\bHMMA\S*TF32", code)
         assert re.search(r"\bHMMA\S*BF16", code)
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+def test_nvcc_compiles_for_gpus_without_these_tensor_cores(tmp_path):
+    known = subprocess.run([NVCC, "--list-gpu-arch"], check=True, capture_output=True, text=True)
+    if "compute_75" not in known.stdout:
+        pytest.skip("nvcc no longer knows sm_75")
+    command = [NVCC, "-std=c++17", "-O1", "-cubin", "-arch=sm_75"]
+    command += ["-o", str(tmp_path / "skew_exp.cubin"), str(ROOT / "csrc" / "skew_exp.cu")]
+    subprocess.run(command, check=True)

@@ -306,6 +306,7 @@ BAD_ARGUMENTS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: skew_exp(X, None, U5), TypeError, "kernel must be .* got NoneType"),
     (lambda: skew_exp(X.long(), K, U5), TypeError, "dtype of x must be .*torch.int64"),
     (lambda: skew_exp(X, K.float(), U5), TypeError, "dtype of kernel .*torch.float32"),
+    (lambda: skew_exp(X, K.to("meta"), U5), ValueError, "device cpu of x, got meta"),
     (lambda: skew_exp(X[0], K, U5), ValueError, r"\(n, c, h, w\), got \(3, 4, 5\)"),
     (lambda: skew_exp(X, K[:, :2], U5), ValueError, r"\(3, 3, kh, kw\) .*\(3, 2, 3, 3\)"),
     (lambda: skew_exp(X, K[..., :2], U5), ValueError, r"odd .*\(3, 3, 3, 2\)"),
