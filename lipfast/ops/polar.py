@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lipfast import backends, reference
-from lipfast.ops import polar_op
+from lipfast.ops.polar_op import launcher, polar_op
 from lipfast.ops.polar_schedules import SCHEDULES
 
 _REAL = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -177,7 +177,7 @@ def _triton_can_run(matrix: Tensor, planar: bool = False, ridge: bool = False) -
 
 def _cuda_can_run(matrix: Tensor, planar: bool = False, ridge: bool = False) -> str | None:
     reason = backends.cuda_can_run(matrix)
-    return reason or polar_op.launcher("cuda").can_run(matrix, planar=planar, ridge=ridge)
+    return reason or launcher("cuda").can_run(matrix, planar=planar, ridge=ridge)
 
 
 backends.register(
@@ -216,10 +216,12 @@ def _polar(
     tall = planes.shape[-2] > planes.shape[-1]
     wide = _with_ridge(planes.mT if tall else planes, ridge)
     x = wide.reshape(-1, *wide.shape[-3:])
-    w, residual = torch.ops.lipfast.polar(x, schedule, derivative, steps, backend)
-    w = w.view(wide.shape)[..., : planes.mT.shape[-1] if tall else planes.shape[-1]]
+    w, residual = polar_op(x, schedule, derivative, steps, backend)
+    w = w.view(wide.shape)
+    if wide.shape[-1] > max(planes.shape[-2:]):
+        w = w[..., : max(planes.shape[-2:])]
     w = w.mT if tall else w
-    return w if planar else w.squeeze(-3), residual.detach().view(planes.shape[:-3])
+    return w if planar else w.squeeze(-3), residual.view(planes.shape[:-3])
 
 
 def _with_ridge(wide: Tensor, ridge: float | Tensor) -> Tensor:

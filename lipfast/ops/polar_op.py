@@ -17,6 +17,18 @@ _LAUNCHERS = {
 }
 
 
+def polar_op(
+    x: Tensor, schedule: str, derivative: str, steps: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Return the polar factors of x (B, P, m, n), differentiable, and the residuals (B,)."""
+    arguments = (x, schedule, derivative, steps, backend)
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+    if plain and not torch.compiler.is_compiling():
+        # A small matrix would spend a tenth of its time in the registered op's dispatch.
+        return _Eager.apply(*arguments)
+    return torch.ops.lipfast.polar(*arguments)
+
+
 def _forward(
     x: Tensor, schedule: str, derivative: str, steps: int, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -83,6 +95,23 @@ def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def
         return None, None, None, None, None
     grad_x = torch.ops.lipfast.polar_backward(grad, *ctx.saved_tensors, *ctx.options)
     return grad_x, None, None, None, None
+
+
+class _Eager(torch.autograd.Function):
+    """The op without a dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        if grad is None:
+            return None, None, None, None, None
+        op = torch.ops.lipfast.polar_backward if torch.is_grad_enabled() else _backward
+        return op(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
