@@ -7,6 +7,7 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # the longest first
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "no CUDA GPU is available"
