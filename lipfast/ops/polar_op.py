@@ -23,7 +23,8 @@ def polar_op(
     """Return the polar factors of x (B, P, m, n), differentiable, and the residuals (B,)."""
     arguments = (x, schedule, derivative, steps, backend)
     plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
-    if plain and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if plain and not traced:
         # A small matrix would spend a tenth of its time in the registered op's dispatch.
         return _Eager.apply(*arguments)
     return torch.ops.lipfast.polar(*arguments)
