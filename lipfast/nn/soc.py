@@ -49,9 +49,7 @@ class _SOC(LipschitzModule):
         """The series, at most 1 in absolute value on i [-limit, limit]."""
         if self.series == "unimodular":
             return reference.unimodular_coefficients(terms, self._norm_limit)
-        coefficients = reference.taylor_coefficients(terms)
-        supremum = reference.polynomial_supremum(coefficients, self._norm_limit)
-        return tuple(a / supremum for a in coefficients) if supremum > 1 else coefficients
+        return reference.contracting(reference.taylor_coefficients(terms), self._norm_limit)
 
     def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         c = max(self.in_channels, self.out_channels)
@@ -122,14 +120,19 @@ class _SOC(LipschitzModule):
         if self.kernel_size == (1, 1):
             matrix = reference.matrix_polynomial(kernel[:, :, 0, 0], self._eval_coefficients)
             matrix = matrix[: self.out_channels, : self.in_channels, None, None]
-            rounding = 8 * kernel.shape[0] ** 1.5 * torch.finfo(torch.float64).eps
-            stored, proved = reference.round_contraction(matrix, proved + rounding, dtype)
+            stored, proved = reference.round_contraction(matrix, proved + self._rounding(), dtype)
             return SoundWeights((stored,), proved)
         # both casts keep it skew; see round_contraction for how the second bound follows
         stored, stored_bound = reference.round_contraction(kernel, bound, dtype)
         return SoundWeights(
             (stored,), torch.where(stored_bound <= self._norm_limit, proved, math.inf)
         )
+
+    def _rounding(self) -> float:
+        """Of p(L) for a 1x1 kernel: each product adds c (c + 2) eps / 2 of its factors' norms."""
+        c = self.weight.shape[0]
+        size = sum(abs(a) * self._norm_limit**k for k, a in enumerate(self._eval_coefficients))
+        return self.eval_terms * c * (c + 2) * torch.finfo(torch.float64).eps * size
 
     def _scaled_by_unfoldings(self, kernel: Tensor, *, squarings: int) -> tuple[Tensor, Tensor]:
         norm = reference.unfolding_bound(kernel, skew=True, squarings=squarings)

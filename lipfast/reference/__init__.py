@@ -10,6 +10,7 @@ from .polar import bjorck, polar
 from .residual_conv import residual_conv
 from .series import (
     Coefficients,
+    contracting,
     polynomial_supremum,
     taylor_coefficients,
     taylor_supremum,
@@ -30,6 +31,7 @@ __all__ = [
     "unit_scale",
     "round_contraction",
     "contract",
+    "contracting",
     "inverse_or_zero",
     "aol_rescale",
     "bjorck",

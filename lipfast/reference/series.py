@@ -22,7 +22,7 @@ def unimodular_coefficients(terms: int, limit: float) -> Coefficients:
     stays between 1 - 2 d and 1, so that U(L) is a contraction, and orthogonal up to 2 d, for every
     skew-symmetric L with norm(L) <= `limit`. The zeros of U lie in the left half plane, and d is
     the one for which U(i t) turns by `limit` radians between t = 0 and `limit`, as exp(i t) does.
-    Divided by its exact supremum, so that rounding leaves it at most 1.
+    Its coefficients are rounded so that it stays a contraction, see `contracting`.
     Derivation: docs/math/skew_exp.md.
 
     Raises:
@@ -40,9 +40,20 @@ def unimodular_coefficients(terms: int, limit: float) -> Coefficients:
     for zero in _zeros(terms, limit, d):  # times (1 - z / zero)
         shifted = [0j, *(a / zero for a in coefficients)]
         coefficients = [a - b for a, b in zip([*coefficients, 0j], shifted, strict=True)]
-    real = tuple(a.real for a in coefficients)
-    supremum = polynomial_supremum(real, limit)
-    return tuple(a / supremum for a in real)
+    return contracting(tuple(a.real for a in coefficients), limit)
+
+
+def contracting(coefficients: Coefficients, limit: float) -> Coefficients:
+    """Return p over its `polynomial_supremum` where that is above 1, else p.
+
+    The supremum is that of the numbers returned: where rounding them moves it above 1 they are
+    divided again.
+    """
+    supremum = polynomial_supremum(coefficients, limit)
+    while supremum > 1:
+        coefficients = tuple(a / supremum for a in coefficients)
+        supremum = 2 * polynomial_supremum(coefficients, limit) - 1  # twice the excess
+    return coefficients
 
 
 def polynomial_supremum(coefficients: Coefficients, limit: float) -> float:

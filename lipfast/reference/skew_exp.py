@@ -66,8 +66,8 @@ def skew_power_iteration(kernel: Tensor, vectors: Tensor, side: int) -> tuple[Te
 
     Args:
         kernel: (c, c, k, k) with L^T = -L.
-        vectors: (2, side * (side // 2 + 1), c), real and imaginary parts, each of length 1; no
-            gradient flows into them.
+        vectors: (2, side * (side // 2 + 1), c), real and imaginary parts, of any length; where
+            they are 0 or not finite a fixed one takes their place. No gradient flows into them.
         side: pixels per axis, k < side, or 1 for a 1x1 kernel.
 
     Returns:
@@ -76,6 +76,7 @@ def skew_power_iteration(kernel: Tensor, vectors: Tensor, side: int) -> tuple[Te
     vectors = vectors.detach()
     waves = frequency_table(kernel, (side, side))
     with torch.no_grad():
+        vectors = _unit_vectors(vectors)
         images = _transform(kernel, vectors, waves)
         norms = images.norm(dim=(0, 2))
         moved = images / norms[:, None]
@@ -83,6 +84,13 @@ def skew_power_iteration(kernel: Tensor, vectors: Tensor, side: int) -> tuple[Te
         largest = norms.argmax().reshape(1)
     image = _transform(kernel, vectors.index_select(1, largest), waves.index_select(0, largest))
     return torch.maximum(image.norm(), kernel.norm() / math.sqrt(kernel.shape[0])), following
+
+
+def _unit_vectors(vectors: Tensor) -> Tensor:
+    lengths = vectors.norm(dim=(0, 2))[:, None]
+    fixed = torch.arange(vectors.shape[2], device=vectors.device).to(vectors.dtype).cos()
+    fixed = fixed / (fixed.norm() * math.sqrt(2))
+    return torch.where((lengths > 0) & lengths.isfinite(), vectors / lengths, fixed)
 
 
 def _transform(kernel: Tensor, vectors: Tensor, waves: Tensor) -> Tensor:
