@@ -4,10 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_its_gpu
+
 _ROWS = 8  # of the backward kernel's programs: as many numbers are added up one after another
 _TILE = 1024  # numbers of a program at a time
 
 
+@on_its_gpu
 def aol_rescale_forward(weight: Tensor, r: Tensor, out: Tensor) -> None:
     """Write weight r^(-1/2) into out.
 
@@ -31,6 +34,7 @@ def aol_rescale_forward(weight: Tensor, r: Tensor, out: Tensor) -> None:
     )
 
 
+@on_its_gpu
 def aol_rescale_backward(grad: Tensor, weight: Tensor, r: Tensor, out: Tensor) -> Tensor:
     """Write dL/dweight into out, contiguous, and return the sums over it times weight, (n, c).
 

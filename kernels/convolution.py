@@ -57,7 +57,7 @@ def convolution_relu(
 
     Args:
         x, taps, padding_mode: as in `convolution_sum`.
-        bias: (out,), floating, or None.
+        bias: (out,), contiguous, floating, or None.
         out: (n, out, h, w), written.
         mask: uint8, ceil(out.numel() / 8), written: bit j % 8 of byte j // 8 belongs to value j of
             out in memory order.

@@ -5,21 +5,25 @@ import triton.language as tl
 from torch import Tensor
 
 from .gram_bound import _precision
+from .launch import on_its_gpu
 
 Parts = tuple[Tensor, Tensor]  # real and imaginary, (F, rows, columns) with contiguous matrices
 
 
+@on_its_gpu
 def multiply(x_hat: Tensor, matrices: Parts) -> Tensor:
     """Return x_hat matrices^T, (2, F, n, out) from (2, F, n, in) and two of (F, out, in)."""
     return _product(x_hat.unbind(), matrices, conjugate=False)
 
 
+@on_its_gpu
 def multiply_adjoint(y_hat: Tensor, matrices: Parts) -> Tensor:
     """Return y_hat conj(matrices), (2, F, n, in) from (2, F, n, out) and two of (F, out, in)."""
     real, imaginary = matrices
     return _product(y_hat.unbind(), (real.mT, imaginary.mT), conjugate=True)
 
 
+@on_its_gpu
 def correlate(y_hat: Tensor, x_hat: Tensor) -> Tensor:
     """Return y_hat^T conj(x_hat), (2, F, out, in) from (2, F, n, out) and (2, F, n, in)."""
     return _product(y_hat.mT.unbind(), x_hat.mT.unbind(), conjugate=True)

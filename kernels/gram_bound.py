@@ -5,9 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_its_gpu
+
 _MAX_BATCH = 65535  # of a launch: the third dimension of a grid
 
 
+@on_its_gpu
 def gram_bound_forward(taps: Tensor, q: Tensor, signs: Tensor) -> Tensor:
     """Return q_i r_i, and write the signs of the correlations.
 
@@ -47,6 +50,7 @@ def gram_bound_forward(taps: Tensor, q: Tensor, signs: Tensor) -> Tensor:
     return partial.sum(dim=(1, 2, 3))
 
 
+@on_its_gpu
 def gram_bound_backward(taps: Tensor, signs: Tensor, a: Tensor, q: Tensor, grad: Tensor) -> None:
     """Write dL/dtaps into grad, (batch, kh, kw, c, n) with any strides.
 

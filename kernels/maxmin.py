@@ -4,10 +4,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_its_gpu
+
 _BLOCK = 1024  # pairs of one program; a multiple of 8, so that no mask byte has two writers
 _NARROW_ELEMENTS = 2**31  # fewer than these have 32-bit offsets
 
 
+@on_its_gpu
 def maxmin_forward(x: Tensor, y: Tensor, mask: Tensor, *, channels_last: bool) -> None:
     """Order each pair of channels of x into y, and note the swapped pairs in mask.
 
@@ -20,6 +23,7 @@ def maxmin_forward(x: Tensor, y: Tensor, mask: Tensor, *, channels_last: bool) -
     _launch(maxmin_forward_kernel, x, y, mask, channels_last)
 
 
+@on_its_gpu
 def maxmin_backward(grad: Tensor, out: Tensor, mask: Tensor, *, channels_last: bool) -> None:
     """Swap the pairs of grad that mask marks, into out; arguments as in `maxmin_forward`."""
     _launch(maxmin_backward_kernel, grad, out, mask, channels_last)

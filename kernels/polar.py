@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lipfast.kernels.launch import on_its_gpu
 from lipfast.kernels.polar_adjoint import gram, two_sided
 from lipfast.kernels.polar_multiply import default_precision, multiply
 
@@ -18,6 +19,7 @@ _SHIFT = 0.1
 _BLOCK = 1024  # numbers of a matrix that one program of an elementwise kernel changes
 
 
+@on_its_gpu
 def polar_forward(
     x: Tensor, schedule: Sequence[tuple[float, float, float]]
 ) -> tuple[Tensor, Tensor]:
@@ -68,6 +70,7 @@ def polar_forward(
     return w, defect.sum(dim=1).sqrt_()
 
 
+@on_its_gpu
 def polar_backward(grad: Tensor, x: Tensor, w: Tensor, steps: int) -> Tensor:
     """Return dL/dx from grad = dL/dW, by conjugate gradients on H L + L H = G W^H - W G^H.
 

@@ -10,8 +10,10 @@ from .convolution import (
     pack_adjoint_taps,
     pack_taps,
 )
+from .launch import on_its_gpu
 
 
+@on_its_gpu
 def residual_conv_forward(
     x: Tensor,  # (n, c, h, w)
     kernel: Tensor,  # (hidden, c, kh, kw)
@@ -37,7 +39,8 @@ def residual_conv_forward(
     dense = x.contiguous(memory_format=torch.channels_last)
     hidden = _empty(x, kernel.shape[0], dtype)
     mask = x.new_empty((hidden.numel() + 7) // 8, dtype=torch.uint8)
-    convolution_relu(dense.to(dtype), pack_taps(kernel.to(dtype)), bias, padding_mode, hidden, mask)
+    taps, bias = pack_taps(kernel.to(dtype)), _dense(bias)
+    convolution_relu(dense.to(dtype), taps, bias, padding_mode, hidden, mask)
     y = torch.empty_like(x)
     if dense is x:
         _subtract(dense, hidden, kernel, scale, padding_mode, y)
@@ -46,6 +49,7 @@ def residual_conv_forward(
     return y, mask
 
 
+@on_its_gpu
 def residual_conv_masked(
     x: Tensor, kernel: Tensor, bias: Tensor | None, mask: Tensor, padding_mode: str
 ) -> Tensor:
@@ -58,10 +62,12 @@ def residual_conv_masked(
     """
     out = _empty(x, kernel.shape[0], x.dtype)
     dense = x.contiguous(memory_format=torch.channels_last)
-    convolution_masked(dense, pack_taps(kernel.to(x.dtype)), bias, padding_mode, mask, out)
+    taps = pack_taps(kernel.to(x.dtype))
+    convolution_masked(dense, taps, _dense(bias), padding_mode, mask, out)
     return out
 
 
+@on_its_gpu
 def residual_conv_subtract(
     x: Tensor, hidden: Tensor, kernel: Tensor, scale: Tensor, padding_mode: str
 ) -> Tensor:
@@ -85,6 +91,10 @@ def _subtract(
     scaled = kernel.float() * scale.float().reshape(-1, 1, 1, 1)
     taps = pack_adjoint_taps(scaled.to(hidden.dtype))
     convolution_sum(hidden, taps, padding_mode, out, beta=-1.0, alpha=1.0, addend=x)
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
 
 
 def _empty(x: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from .convolution import convolution_sum, pack_taps
+from .launch import on_its_gpu
 
 
+@on_its_gpu
 def skew_exp_forward(
     x: Tensor,  # (n, c, h, w)
     kernel: Tensor,  # (c, c, kh, kw)
@@ -54,6 +56,7 @@ def skew_exp_forward(
     return _as(y, x), terms if keep else terms[:0]
 
 
+@on_its_gpu
 def skew_exp_backward(
     grad: Tensor,  # (n, c, h, w)
     kernel: Tensor,  # (c, c, kh, kw)

@@ -74,6 +74,20 @@ def test_mask_is_that_of_the_other_backend(hidden):
     assert torch.equal(OP(x.contiguous(), *rest, "zeros", x.dtype, "triton")[1], masks[0])
 
 
+@pytest.mark.parametrize("change", [lambda b: b[::2], lambda b: b[:1].expand(8)])
+def test_takes_a_bias_of_any_strides(change):
+    x, kernel, bias, scale = draw((2, 4, 5, 3), 8, 3, 3)
+    bias = change(torch.cat([bias, -bias]))
+    arguments = ("zeros", x.dtype, "triton")
+    y, mask = OP(x, kernel, bias, scale, *arguments)
+    expected, expected_mask = OP(x, kernel, bias.contiguous(), scale, *arguments)
+    assert torch.equal(y, expected)
+    assert torch.equal(mask, expected_mask)
+    masked = torch.ops.lipfast.residual_conv_masked
+    hidden = (masked(x, kernel, b, mask, "zeros") for b in (bias, bias.contiguous()))
+    assert torch.equal(*hidden)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_second_derivative(channels):
     tensors = [t.requires_grad_() for t in draw((2, channels, 3, 4), 5, 3, 3)]
