@@ -34,7 +34,13 @@ CASES = [
 ]
 
 
-def compile_kernel(operands: str, epilogue: str, channels: int, positions: int, padding: str, arch):
+SIZES = ["positions", "height", "width", "depth", "channels"]
+
+
+def compile_kernel(
+    operands: str, epilogue: str, channels: int, positions: int, padding: str, arch: int, ones=()
+):
+    """Compile with the launcher's hints, and the sizes in `ones` specialised to 1."""
     from lipfast.kernels import convolution as kernels
 
     dtype = torch.bfloat16 if operands == "bf16" else torch.float32
@@ -47,7 +53,7 @@ def compile_kernel(operands: str, epilogue: str, channels: int, positions: int, 
     if epilogue != "sum":
         types |= {"operand": "*fp32", "other": "*u8"}
     divisible = [*types] + (["depth", "channels"] if channels % 16 == 0 else [])
-    types |= dict.fromkeys(["positions", "height", "width", "depth", "channels"], "i32")
+    types |= dict.fromkeys(SIZES, "i32")
     types |= dict.fromkeys(["alpha", "beta", "gamma"], "fp32")
     values = {
         "KH": 3,
@@ -63,13 +69,16 @@ def compile_kernel(operands: str, epilogue: str, channels: int, positions: int, 
         "DEPTH": depth,
         "PRECISION": precision,
     }
+    values |= dict.fromkeys(ones, 1)
     types |= dict.fromkeys(values, "constexpr")
     names = [parameter.name for parameter in kernels.convolution_kernel.params]
     source = ASTSource(
         fn=kernels.convolution_kernel,
         signature={name: types[name] for name in names},
         constexprs={(names.index(key),): value for key, value in values.items()},
-        attrs={(names.index(key),): [["tt.divisibility", 16]] for key in divisible},
+        attrs={
+            (names.index(key),): [["tt.divisibility", 16]] for key in divisible if key not in ones
+        },
     )
     options = {"num_warps": warps, "num_stages": 3}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -97,3 +106,35 @@ def test_compiles_without_spills(case, arch, tmp_path):
         assert not re.search(r"\b(H|HG|UTC\w*)MMA\b", code)
     else:
         assert re.search(TENSOR_CORE[operands][arch], code)
+
+
+@pytest.mark.parametrize(
+    ("epilogue", "padding", "ones"),
+    [
+        ("sum", "zeros", SIZES),
+        ("relu", "circular", ["height", "width"]),
+        ("relu", "zeros", ["channels"]),
+        ("masked", "circular", SIZES),
+        ("masked", "zeros", ["depth"]),
+    ],
+)
+def test_sizes_of_one_compile(epilogue, padding, ones):
+    """Triton takes integer arguments equal to 1 for constants of the compiler."""
+    channels = 1 if "channels" in ones else 24
+    assert compile_kernel("ieee", epilogue, channels, 1 << 10, padding, 90, ones).asm["cubin"]
+
+
+@pytest.mark.parametrize("size", ["i32", "constexpr"])
+def test_mask_packing_compiles_without_spills(size, tmp_path):
+    from lipfast.kernels import convolution as kernels
+
+    values = {3: kernels._BLOCK} | ({2: 1} if size == "constexpr" else {})
+    source = ASTSource(
+        fn=kernels.pack_signs_kernel,
+        signature={"values": "*bf16", "mask": "*u8", "size": size, "BLOCK": "constexpr"},
+        constexprs={(index,): value for index, value in values.items()},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+    usage = dump(compiled.asm["cubin"], tmp_path, "-res-usage")
+    sizes = {key: int(value) for key, value in re.findall(r"(STACK|LOCAL):(\d+)", usage)}
+    assert sizes == {"STACK": 0, "LOCAL": 0}

@@ -20,12 +20,15 @@ POINTERS = ["a_real", "a_imaginary", "b_real", "b_imaginary", "out_real", "out_i
 TENSOR_CORE = {80: r"\bHMMA\S*TF32", 90: r"\bHGMMA\S*TF32", 100: r"\bUTC\w*MMA"}
 
 
-def compile_kernel(arch: int, rows: int, columns: int, precision: str, conjugate: bool):
+SIZES = ["m", "n", "depth", "a_stride", "b_stride"]
+
+
+def compile_kernel(arch: int, rows: int, columns: int, precision: str, conjugate: bool, ones=()):
+    """Compile with the launcher's hints, and the sizes in `ones` specialised to 1."""
     from lipfast.kernels.fourier_conv import _schedule, planar_product_kernel
 
     options = _schedule(rows, columns, precision)
-    sizes = ["m", "n", "depth", "a_stride", "b_stride"]
-    signature = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(sizes, "i32")
+    signature = dict.fromkeys(POINTERS, "*fp32") | dict.fromkeys(SIZES, "i32")
     divisible = list(signature)  # what the launcher sees at the paper's widths and batches
     values = {
         "ROWS": rows,
@@ -34,13 +37,16 @@ def compile_kernel(arch: int, rows: int, columns: int, precision: str, conjugate
         "CONJUGATE": conjugate,
         "PRECISION": precision,
     }
+    values |= dict.fromkeys(ones, 1)
     signature |= dict.fromkeys(values, "constexpr")
     names = list(signature)
     source = ASTSource(
         fn=planar_product_kernel,
         signature=signature,
         constexprs={(names.index(key),): value for key, value in values.items()},
-        attrs={(names.index(key),): [["tt.divisibility", 16]] for key in divisible},
+        attrs={
+            (names.index(key),): [["tt.divisibility", 16]] for key in divisible if key not in ones
+        },
     )
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
@@ -71,3 +77,9 @@ def test_compiles_without_spills(m, n, conjugate, precision, arch, tmp_path):
         assert re.search(TENSOR_CORE[arch], code)
     else:
         assert re.search(r"\b(H|HG|UTC\w*)MMA\S*", code)
+
+
+@pytest.mark.parametrize("ones", [SIZES, ["m"], ["depth"]], ids="-".join)
+def test_sizes_of_one_compile(ones):
+    """Triton takes integer arguments equal to 1 for constants of the compiler."""
+    assert compile_kernel(90, 16, 16, "tf32", True, ones).asm["cubin"]

@@ -25,14 +25,21 @@ DTYPES = {
 }
 
 
-def compile_kernel(name: str, dtype: str, arch: int, channels_last: bool, odd: bool, wide: bool):
+SIZES = ["pairs", "singles", "channels", "spatial"]
+
+
+def compile_kernel(
+    name: str, dtype: str, arch: int, channels_last: bool, odd: bool, wide: bool, ones=()
+):
+    """Compile with the launcher's hints, and the sizes in `ones` specialised to 1."""
     from lipfast.kernels import maxmin as kernels
 
     kernel = getattr(kernels, name)
     index = "i64" if wide else "i32"
     signature = {"x": f"*{dtype}", "y": f"*{dtype}", "mask": "*u8"}
-    signature |= dict.fromkeys(["pairs", "singles", "channels", "spatial"], index)
+    signature |= dict.fromkeys(SIZES, index)
     values = {"CHANNELS_LAST": channels_last, "ODD": odd, "WIDE": wide, "BLOCK": kernels._BLOCK}
+    values |= dict.fromkeys(ones, 1)
     signature |= dict.fromkeys(values, "constexpr")
     names = list(signature)
     # What the launcher sees in a network: pointers and sizes divisible by 16, an odd count aside.
@@ -41,7 +48,9 @@ def compile_kernel(name: str, dtype: str, arch: int, channels_last: bool, odd: b
         fn=kernel,
         signature=signature,
         constexprs={(names.index(key),): value for key, value in values.items()},
-        attrs={(names.index(key),): [["tt.divisibility", 16]] for key in divisible},
+        attrs={
+            (names.index(key),): [["tt.divisibility", 16]] for key in divisible if key not in ones
+        },
     )
     options = {"num_warps": 4, "num_stages": 3}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -78,3 +87,10 @@ def test_reads_sixteen_bytes_at_a_time(channels_last):
     ]
     assert "ld.global.v4" in ptx
     assert "st.global.v4" in ptx
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ["maxmin_forward_kernel", "maxmin_backward_kernel"])
+def test_sizes_of_one_compile(name, channels_last):
+    """Triton takes integer arguments equal to 1 for constants of the compiler."""
+    assert compile_kernel(name, "fp32", 90, channels_last, True, False, SIZES).asm["cubin"]
