@@ -18,9 +18,10 @@ mkdir -p "$results"
 install=("$python" -m pip install --quiet --no-build-isolation --no-deps)
 "${install[@]}" -e . || "${install[@]}" --user --break-system-packages -e .
 
+# an interrupted run still names its failures and writes what it has measured
 status=0
-timeout 200 "$python" -m pytest -m gpu tests -q || status=$?
-timeout 260 "$python" -m pytest bench --benchmark-only -q -s \
+timeout -s INT -k 20 200 "$python" -m pytest -m gpu tests -q || status=$?
+timeout -s INT -k 20 240 "$python" -m pytest bench --benchmark-only -q -s \
   --benchmark-json="$results/bench.json" || status=$?
 if [ -s "$results/bench.json" ]; then
   "$python" bench/summary.py "$results/bench.json" >"$results/README.md"
