@@ -103,3 +103,10 @@ def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -
     if bias is not None and plain.bias is not None:
         plain.bias.data = bias.detach().clone()
     return plain
+
+
+def assert_map_size(x: Tensor, map_size: tuple[int, int]) -> None:
+    """Refuse other maps, in plain modules too: `torch._assert` is traced by torch.fx."""
+    for dim, name, expected in ((-2, "height", map_size[0]), (-1, "width", map_size[1])):
+        message = f"input: expected maps of {name} {expected}, for which this module was made"
+        torch._assert(x.size(dim) == expected, message)

@@ -10,7 +10,7 @@ from lipfast import ops, reference
 
 from .base import LipschitzModule, SoundWeights
 from .cayley import initialise_uniform_bias
-from .kernel import as_kernel, gram_backend, plain_kernel
+from .kernel import as_kernel, assert_map_size, gram_backend, plain_kernel
 from .layers import LipschitzConv2d, LipschitzLinear
 
 _MAP_LIMIT = 32  # side of the largest patch on which CPL estimates the norm in training
@@ -53,7 +53,8 @@ class ResidualModule(LipschitzModule):
         return y[:, : self.out_channels]
 
     def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
-        return fx.symbolic_trace(_PlainResidual(self, *weights))
+        only = map_size if self._depends_on_map_size else None
+        return fx.symbolic_trace(_PlainResidual(self, only, *weights))
 
 
 class _CPL(ResidualModule):
@@ -200,8 +201,16 @@ class SLLLinear(_SLL, LipschitzLinear):
 class _PlainResidual(nn.Module):
     """Traced into two convolutions or matrices, ReLU and a sum; -t is folded into the second."""
 
-    def __init__(self, module: LipschitzModule, kernel: Tensor, bias: Tensor, t: Tensor) -> None:
+    def __init__(
+        self,
+        module: LipschitzModule,
+        map_size: tuple[int, int] | None,
+        kernel: Tensor,
+        bias: Tensor,
+        t: Tensor,
+    ) -> None:
         super().__init__()
+        self.map_size = map_size
         scaled = -kernel * (t if t.dim() == 0 else t[:, None, None, None])
         self.first = plain_kernel(module, kernel, bias)
         self.relu = nn.ReLU()
@@ -212,6 +221,8 @@ class _PlainResidual(nn.Module):
         self.out_channels = module.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.map_size is not None:  # t is that of these maps
+            assert_map_size(x, self.map_size)
         if self.padding is not None:
             x = F.pad(x, self.padding)
         y = x + self.second(self.relu(self.first(x)))

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from lipfast import ops, reference
 
 from .base import SoundWeights
-from .kernel import KernelModule, as_kernel, plain_kernel, sound_backend
+from .kernel import KernelModule, as_kernel, assert_map_size, plain_kernel, sound_backend
 
 
 class SpectralModule(KernelModule):
@@ -120,12 +120,13 @@ class _PlainFourier(nn.Module):
         h, w = module._grid(map_size)
         spectrum = torch.complex(*spectrum.unbind(1)).unflatten(0, (h, w // 2 + 1))
         self.register_buffer("spectrum", spectrum)
-        self.size = (h, w)
+        self.map_size, self.size = map_size, (h, w)
         bias = module.weight.new_zeros(1) if module.bias is None else module.bias
         bias = bias.detach()
         self.register_buffer("bias", bias[:, None, None].clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        assert_map_size(x, self.map_size)
         ph, pw = self.padding
         h, w = self.size
         x_hat = torch.fft.rfft2(F.pad(x, (pw, pw, ph, ph)).to(self.dtype))

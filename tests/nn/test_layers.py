@@ -50,6 +50,20 @@ def test_to_plain_is_the_same_function_without_lipfast(method, padding_mode, cha
         assert not any(p.requires_grad and p.grad_fn for p in plain.parameters())
 
 
+@pytest.mark.parametrize(("method", "padding_mode"), CASES)
+@pytest.mark.parametrize("size", [(1, 1), (4, 5), (5, 4), (6, 6)])
+def test_to_plain_refuses_maps_it_was_not_made_for(method, padding_mode, size):
+    """CPL made for 1x1 maps would multiply norms by 26 on others."""
+    plain = make_conv(method, 3, 3, 3, padding_mode=padding_mode).eval().to_plain((4, 4))
+    x = torch.randn(2, 3, *size, dtype=F64)
+    if method in ("cayley", "cpl", "lot"):
+        for form in (plain, torch.jit.script(plain)):
+            with pytest.raises(Exception, match=r"expected maps of .* 4"):
+                form(x)
+    else:
+        assert plain(x).shape == x.shape
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_to_plain_keeps_half_precision(method, bias):
