@@ -65,6 +65,8 @@ def maxmin_forward_kernel(
     BLOCK: tl.constexpr,
 ):
     program = _program(WIDE)
+    if WIDE:
+        pairs = tl.cast(pairs, tl.int64)  # the argument may have 32 bits, twice of it may not
     pair_programs = tl.cdiv(pairs, BLOCK)
     if program < pair_programs:
         a, b = _load_pairs(x, program, pairs, channels, spatial, CHANNELS_LAST, ODD, BLOCK)
@@ -98,6 +100,8 @@ def maxmin_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     program = _program(WIDE)
+    if WIDE:
+        pairs = tl.cast(pairs, tl.int64)  # the argument may have 32 bits, twice of it may not
     pair_programs = tl.cdiv(pairs, BLOCK)
     if program < pair_programs:
         a, b = _load_pairs(x, program, pairs, channels, spatial, CHANNELS_LAST, ODD, BLOCK)

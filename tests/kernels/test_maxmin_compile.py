@@ -89,8 +89,8 @@ def test_reads_sixteen_bytes_at_a_time(channels_last):
     assert "st.global.v4" in ptx
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("channels_last", "wide"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("name", ["maxmin_forward_kernel", "maxmin_backward_kernel"])
-def test_sizes_of_one_compile(name, channels_last):
+def test_sizes_of_one_compile(name, channels_last, wide):
     """Triton takes integer arguments equal to 1 for constants of the compiler."""
-    assert compile_kernel(name, "fp32", 90, channels_last, True, False, SIZES).asm["cubin"]
+    assert compile_kernel(name, "fp32", 90, channels_last, True, wide, SIZES).asm["cubin"]

@@ -50,6 +50,19 @@ def test_wide_addresses(monkeypatch):
     assert torch.equal(out, definition(x, x)[1])
 
 
+def test_twice_the_pairs_may_need_64_bits():
+    from lipfast.kernels import maxmin as kernels
+
+    x = torch.randn(kernels._BLOCK, 2)
+    y, mask = torch.empty_like(x), torch.empty(kernels._BLOCK // 8, dtype=torch.uint8)
+    layout = {"CHANNELS_LAST": True, "ODD": False, "WIDE": True, "BLOCK": kernels._BLOCK}
+    # the first of 2**20 programs, and the only one that runs
+    kernels.maxmin_forward_kernel[(1,)](x, y, mask, 2**30, 0, 2, 1, **layout)
+    assert torch.equal(y.double(), definition(x, x)[0])
+    kernels.maxmin_backward_kernel[(1,)](x, y, mask, 2**30, 0, 2, 1, **layout)
+    assert torch.equal(y, definition(x, x)[1])
+
+
 def test_special_values():
     values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0])
     first, second = torch.meshgrid(values, values, indexing="ij")
