@@ -71,6 +71,8 @@ class LipschitzModule(nn.Module):
     dilation: tuple[int, int]
     groups: int
     padding_mode: str
+    _inner_channels: int  # of the map that the weights act on, after space-to-depth
+    _inner_stride: tuple[int, int]  # of the convolution on it
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -145,10 +147,7 @@ class LipschitzModule(nn.Module):
 
     def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
         """Register the weight and the bias, or None for it; further parameters go on top."""
-        taps = () if self._linear else self.kernel_size
-        shape = (self.out_channels, self.in_channels // self.groups, *taps)
-        self.weight = nn.Parameter(torch.empty(shape, **factory))
-        self._register_bias(self.out_channels if bias else None, factory)
+        raise NotImplementedError
 
     def _register_bias(self, size: int | None, factory: dict[str, Any]) -> None:
         bias = None if size is None else nn.Parameter(torch.empty(size, **factory))
@@ -167,7 +166,7 @@ class LipschitzModule(nn.Module):
         raise NotImplementedError
 
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        """Apply the layer to x (n, in_channels, h, w)."""
+        """Apply the layer to x (n, _inner_channels, h, w)."""
         raise NotImplementedError
 
     def _weight_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -183,7 +182,8 @@ class LipschitzModule(nn.Module):
     def _weights(self, map_size: tuple[int, int], x: Tensor) -> tuple[Tensor, ...]:
         self._last_map_size = map_size
         if not self.training:
-            return self._sound(self._map_size(map_size)).weights
+            h, w = map_size if self._depends_on_map_size else (1, 1)
+            return self._sound((int(h), int(w))).weights
         with no_autocast(self.weight):
             self._check_finite(on_device=False)
             weights = self._training_weights(map_size)

@@ -28,7 +28,7 @@ class BCOPConv2d(PolarModule, LipschitzConv2d):
     _padding_modes = ("circular", "zeros")
 
     def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
-        c = max(self.in_channels, self.out_channels)
+        c = max(self._inner_channels, self.out_channels)
         self.weight = nn.Parameter(torch.empty(2 * self.kernel_size[0] - 1, c, c, **factory))
         self._register_bias(self.out_channels if bias else None, factory)
         self._register_residual(factory)
@@ -51,10 +51,10 @@ class BCOPConv2d(PolarModule, LipschitzConv2d):
         return SoundWeights((kernel,), bound)
 
     def _compose(self, matrices: Tensor, backend: str | None) -> Tensor:
-        rows = min(self.in_channels, self.out_channels)
+        rows = min(self._inner_channels, self.out_channels)
         halves = matrices[1:, :, : matrices.shape[-1] // 2]
         kernel = ops.block_conv(matrices[0, :rows], halves, backend=backend)
-        if self.out_channels > self.in_channels:
+        if self.out_channels > self._inner_channels:
             return reference.transpose_kernel(kernel)
         return kernel
 

@@ -1,6 +1,9 @@
 """Layers that are one convolution with a finite kernel, or one matrix."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipfast import backends, reference
@@ -11,13 +14,19 @@ from .base import LipschitzModule, is_autocast
 class KernelModule(LipschitzModule):
     """A layer whose only weight is the kernel (out, in / groups, kh, kw) of a convolution."""
 
+    def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
+        taps = () if self._linear else self.kernel_size
+        shape = (self.out_channels, self._inner_channels // self.groups, *taps)
+        self.weight = nn.Parameter(torch.empty(shape, **factory))
+        self._register_bias(self.out_channels if bias else None, factory)
+
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         return reference.conv2d(
             x,
             weights[0],
             self.bias,
             self.padding_mode,
-            stride=self.stride,
+            stride=self._inner_stride,
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
@@ -28,7 +37,11 @@ class KernelModule(LipschitzModule):
         return as_kernel(self.weight)
 
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
-        """Return the kernel (out, in / groups, kh, kw), or matrix (out, in), of evaluation mode."""
+        """Return the kernel (out, in / groups, kh, kw), or matrix (out, in), of evaluation mode.
+
+        With stride s it acts on `torch.nn.PixelUnshuffle(s)` of the input, in = s^2 in_channels;
+        AOL's acts on the input itself, with the layer's stride.
+        """
         (kernel,) = self._sound(self._map_size(input_size)).weights
         return (kernel.flatten(1) if self._linear else kernel).clone()
 
@@ -58,6 +71,14 @@ def is_channels_last(x: Tensor) -> bool:
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
     )
+
+
+def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
+    """`torch.nn.functional.pixel_unshuffle`, with the right shape for an empty batch too."""
+    if x.numel() or x.dim() != 4:
+        return F.pixel_unshuffle(x, factor)
+    n, c, h, w = x.shape
+    return x.reshape(n, c * factor**2, h // factor, w // factor)
 
 
 def gram_backend() -> str | None:
@@ -92,7 +113,7 @@ def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -
             in_channels * module.groups,
             out_channels,
             (kh, kw),
-            stride=module.stride,
+            stride=module._inner_stride,
             padding=module.padding,
             dilation=module.dilation,
             groups=module.groups,

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import LipschitzModule
+from .kernel import pixel_unshuffle
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,7 +24,9 @@ class LipschitzConv2d(LipschitzModule):
         in_channels: channels of the input.
         out_channels: channels of the output; each layer says how it makes them differ.
         kernel_size: odd number, or a pair of equal ones; of any odd ones where the layer says so.
-        stride: 1, or any where the layer says so.
+        stride: s, or a pair of equal ones; any pair where the layer says so. For s > 1 the layer
+            acts on `torch.nn.PixelUnshuffle(s)` of the input, an isometry, whose s^2 in_channels
+            channels are its input channels; h and w must be multiples of s.
         padding: "same", or the number of pixels that means the same at stride 1,
             dilation * (kernel_size // 2); others and "valid" where the layer says so.
         dilation: 1, or any where the layer says so.
@@ -65,7 +68,7 @@ class LipschitzConv2d(LipschitzModule):
             raise ValueError(f"kernel_size: {name} expected odd sizes >= 1, got {kernel_size!r}")
         if not self._is_free("kernel_size") and self.kernel_size[0] != self.kernel_size[1]:
             raise ValueError(f"kernel_size: {name} expected a square kernel, got {kernel_size!r}")
-        self.stride = self._positive_pair("stride", stride)
+        self.stride = self._checked_stride(stride)
         self.dilation = self._positive_pair("dilation", dilation)
         self.groups = self._checked_groups(groups)
         self.padding_mode = self._padding_modes[0] if padding_mode is None else padding_mode
@@ -76,6 +79,10 @@ class LipschitzConv2d(LipschitzModule):
             )
         self.padding = self._checked_padding(padding)
         check_floating(dtype, name)
+        strided = self._is_free("stride")
+        self._downscale = 1 if strided else self.stride[0]
+        self._inner_stride = self.stride if strided else (1, 1)
+        self._inner_channels = self.in_channels * self._downscale**2
         self._make_parameters(bool(bias), {"device": device, "dtype": dtype})
         self.reset_parameters()
 
@@ -89,6 +96,17 @@ class LipschitzConv2d(LipschitzModule):
             raise ValueError(f"{argument}: {name} expected 1, got {value!r}")
         if min(pair) < 1:
             raise ValueError(f"{argument}: {name} expected integers >= 1, got {value!r}")
+        return pair
+
+    def _checked_stride(self, stride: int | Sequence[int]) -> tuple[int, int]:
+        if self._is_free("stride"):
+            return self._positive_pair("stride", stride)
+        name = type(self).__name__
+        pair = _pair("stride", stride, name)
+        if pair[0] != pair[1] or pair[0] < 1:
+            raise ValueError(
+                f"stride: {name} expected an integer >= 1 or a pair of equal ones, got {stride!r}"
+            )
         return pair
 
     def _checked_groups(self, groups: int) -> int:
@@ -135,7 +153,8 @@ class LipschitzConv2d(LipschitzModule):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to (n, in_channels, h, w) or (in_channels, h, w).
 
-        Any h, w >= 1; less padding than "same" needs maps of the size of the kernel.
+        Any h, w >= 1; less padding than "same" needs maps of the size of the kernel, and strides
+        multiples of themselves except for AOL.
         """
         if not isinstance(x, Tensor) or x.dim() not in (3, 4):
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -154,12 +173,40 @@ class LipschitzConv2d(LipschitzModule):
         if h < needed[0] or w < needed[1]:
             least = "h, w >= 1" if needed == (1, 1) else f"h, w >= {needed[0]}, {needed[1]}"
             raise ValueError(f"input: expected {least}, got shape {tuple(x.shape)}")
-        y = self._run(batch, self._weights((h, w), x))
+        map_size = self._downscaled((h, w), "input")
+        if self._downscale > 1:
+            batch = pixel_unshuffle(batch, self._downscale)
+        y = self._run(batch, self._weights(map_size, x))
         return y if x.dim() == 4 else y[0]
+
+    def to_plain(self, input_size: tuple[int, int] | None = None) -> nn.Module:
+        plain = super().to_plain(input_size)
+        if self._downscale == 1:
+            return plain
+        return nn.Sequential(nn.PixelUnshuffle(self._downscale), plain).train(self.training)
+
+    def _map_size(self, input_size: tuple[int, int] | None) -> tuple[int, int]:
+        map_size = super()._map_size(input_size)
+        if input_size is None or not self._depends_on_map_size:
+            return map_size
+        return self._downscaled(map_size, "input_size")
+
+    def _downscaled(self, size: tuple[int, int], argument: str) -> tuple[int, int]:
+        h, w = size
+        if h % self._downscale or w % self._downscale:
+            raise ValueError(
+                f"{argument}: {type(self).__name__} expected height and width that are multiples "
+                f"of the stride {self._downscale}, got {h} x {w}"
+            )
+        return (h // self._downscale, w // self._downscale)
 
     def extra_repr(self) -> str:
         free = ("stride", "padding", "dilation", "groups")
-        shown = [f"{name}={getattr(self, name)}" for name in free if self._is_free(name)]
+        shown = [
+            f"{name}={getattr(self, name)}"
+            for name in free
+            if self._is_free(name) or (name == "stride" and self.stride != (1, 1))
+        ]
         return ", ".join(
             [
                 f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}",
@@ -186,7 +233,7 @@ class LipschitzLinear(LipschitzModule):
     """
 
     _linear = True
-    kernel_size = stride = dilation = (1, 1)
+    kernel_size = stride = dilation = _inner_stride = (1, 1)
     padding = (0, 0)
     groups = 1
     padding_mode = "zeros"
@@ -202,6 +249,7 @@ class LipschitzLinear(LipschitzModule):
         super().__init__()
         name = type(self).__name__
         self.in_channels = self.in_features = positive_int("in_features", in_features, name)
+        self._inner_channels = self.in_channels
         self.out_channels = self.out_features = positive_int("out_features", out_features, name)
         check_floating(dtype, name)
         self._make_parameters(bool(bias), {"device": device, "dtype": dtype})

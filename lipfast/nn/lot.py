@@ -42,7 +42,7 @@ class _LOT(PolarModule, SpectralModule):
         """Identity where the channels are equal, else an orthogonal centre tap; zero bias."""
         kernel = self.weight if self.weight.dim() == 4 else self.weight[:, :, None, None]
         initialise_dirac_or_orthogonal(kernel)
-        if self.in_channels == self.out_channels:
+        if self._inner_channels == self.out_channels:
             kernel[:, :, kernel.shape[2] // 2, kernel.shape[3] // 2] = torch.eye(self.out_channels)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

@@ -29,7 +29,7 @@ class ResidualModule(LipschitzModule):
     """
 
     def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
-        c = max(self.in_channels, self.out_channels)
+        c = max(self._inner_channels, self.out_channels)
         shape = (c, c) if self._linear else (c, c, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, **factory))
         self._register_bias(c if bias else None, factory)
@@ -215,7 +215,7 @@ class _PlainResidual(nn.Module):
         self.first = plain_kernel(module, kernel, bias)
         self.relu = nn.ReLU()
         self.second = plain_kernel(module, reference.transpose_kernel(scaled), None)
-        missing = kernel.shape[1] - module.in_channels
+        missing = kernel.shape[1] - module._inner_channels
         self.dim = -1 if module._linear else -3
         self.padding = (*(0,) * (-2 * self.dim - 1), missing) if missing else None
         self.out_channels = module.out_channels

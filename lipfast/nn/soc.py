@@ -52,7 +52,7 @@ class _SOC(LipschitzModule):
         return reference.contracting(reference.taylor_coefficients(terms), self._norm_limit)
 
     def _make_parameters(self, bias: bool, factory: dict[str, Any]) -> None:
-        c = max(self.in_channels, self.out_channels)
+        c = max(self._inner_channels, self.out_channels)
         shape = (c, c) if self._linear else (c, c, *self.kernel_size)
         self.weight = nn.Parameter(torch.empty(shape, **factory))
         self._register_bias(self.out_channels if bias else None, factory)
@@ -119,7 +119,7 @@ class _SOC(LipschitzModule):
         dtype = self.weight.dtype
         if self.kernel_size == (1, 1):
             matrix = reference.matrix_polynomial(kernel[:, :, 0, 0], self._eval_coefficients)
-            matrix = matrix[: self.out_channels, : self.in_channels, None, None]
+            matrix = matrix[: self.out_channels, : self._inner_channels, None, None]
             stored, proved = reference.round_contraction(matrix, proved + self._rounding(), dtype)
             return SoundWeights((stored,), proved)
         # both casts keep it skew; see round_contraction for how the second bound follows
@@ -151,7 +151,10 @@ class _SOC(LipschitzModule):
         return y if self.bias is None else y + self.bias.to(y.dtype)[:, None, None]
 
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
-        """Return the matrix p(L) of a 1x1 kernel, (out, in, 1, 1) or (out, in); else raise."""
+        """Return the matrix p(L) of a 1x1 kernel, (out, in, 1, 1) or (out, in); else raise.
+
+        With stride s it acts on `torch.nn.PixelUnshuffle(s)` of the input, in = s^2 in_channels.
+        """
         if self.kernel_size != (1, 1):
             return super().effective_kernel(input_size)
         (kernel,) = self._sound(self._map_size(input_size)).weights
@@ -217,7 +220,7 @@ class _PlainSkewExp(nn.Module):
         super().__init__()
         self.conv = plain_kernel(module, kernel, None)
         self.outputs = module.out_channels
-        self.extra = kernel.shape[0] - module.in_channels
+        self.extra = kernel.shape[0] - module._inner_channels
         self.coefficients = module._eval_coefficients
         bias = kernel.new_zeros(1) if module.bias is None else module.bias.detach()
         self.register_buffer("bias", bias[:, None, None].clone())

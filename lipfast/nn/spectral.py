@@ -89,7 +89,8 @@ class SpectralModule(KernelModule):
         """Return the circular kernel (out, in, h, w) on the map, or the matrix of a 1x1 kernel.
 
         Tap [h // 2, w // 2] is the centre. With zero padding the map is the input with
-        kernel_size // 2 zeros on each side, and the output is cropped to the input's size.
+        kernel_size // 2 zeros on each side, and the output is cropped to the input's size. With
+        stride s the input is `torch.nn.PixelUnshuffle(s)` of the layer's, in = s^2 in_channels.
         """
         if not self._depends_on_map_size:
             return super().effective_kernel(input_size)

@@ -259,8 +259,8 @@ BAD_CONV_ARGUMENTS = {
 }
 BAD_SAME_SIZE_ARGUMENTS = {
     "not square": ((4, 4, (1, 3)), {}, r"kernel_size: .*square.*\(1, 3\)"),
-    "stride": ((4, 4, 3), {"stride": 2}, "stride: .*expected 1.*got 2"),
-    "stride pair": ((4, 4, 3), {"stride": (1, 2)}, r"stride: .*expected 1.*\(1, 2\)"),
+    "stride pair": ((4, 4, 3), {"stride": (1, 2)}, r"stride: .*expected .*equal.*\(1, 2\)"),
+    "negative stride": ((4, 4, 3), {"stride": (-1, -1)}, r"stride: .*>= 1.*\(-1, -1\)"),
     "dilation": ((4, 4, 3), {"dilation": 2}, "dilation: .*expected 1.*got 2"),
     "groups": ((4, 4, 3), {"groups": 2}, "groups: .*expected 1.*got 2"),
     "no padding": ((4, 4, 3), {"padding": 0}, "padding: .*'same' or 1.*got 0"),
