@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lipfast.ops.polar_schedules import Step
 
-# On a CPU a block of matrices goes through all steps while it stays in the cache.
+# On a CPU a block of matrices goes through all steps while it stays in the caches. Per thread.
 _BLOCK_BYTES = 1 << 18
 # Added to the polar factor H = (x x^H)^(1/2) where w has not converged, as a share of the root mean
 # square singular value: conjugate gradients then meet a positive definite H whatever x is.
@@ -46,7 +46,8 @@ def polar_jvp(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
 
 def _in_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     first = tensors[0]
-    count = max(1, _BLOCK_BYTES // (first[0].numel() * first.element_size()))
+    cached = _BLOCK_BYTES * torch.get_num_threads()
+    count = max(1, cached // (first[0].numel() * first.element_size()))
     if first.device.type != "cpu" or len(first) <= count:
         return function(*tensors)
     blocks = [function(*block) for block in zip(*(t.split(count) for t in tensors), strict=True)]
