@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lipfast import backends
 from lipfast.ops import polar, polar_gemm
 from lipfast.ops.polar_schedules import coefficients
+from lipfast.saved import saved_bytes
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -121,15 +122,5 @@ def work_of_published(function: Callable[[Tensor], Tensor], matrix: Tensor, plan
 
 def saved(function: Callable[[Tensor], Tensor], matrix: Tensor) -> int:
     """Bytes kept for the backward pass beyond the matrix itself."""
-    kept = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
     matrix = matrix.detach().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        w = function(matrix)
-    kept.pop(matrix.untyped_storage().data_ptr(), None)
-    del w
-    return sum(kept.values())
+    return saved_bytes(lambda: function(matrix), matrix)

@@ -11,6 +11,7 @@ import lipfast
 from lipfast import backends, reference
 from lipfast.nn import SLLConv2d
 from lipfast.ops import residual_conv
+from lipfast.saved import saved_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 256 if torch.cuda.is_available() else 32
@@ -60,19 +61,7 @@ def fused(x: Tensor, kernel: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
 
 def saved_inputs(function: Callable[[], Tensor], x: Tensor, *known: Tensor) -> float:
     """What a forward pass keeps for its backward pass, without `known`, in units of x."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function()
-    for tensor in known:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    del y
-    return sum(kept.values()) / x.nbytes
+    return saved_bytes(function, *known) / x.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])

@@ -10,6 +10,7 @@ import lipfast
 from lipfast import reference
 from lipfast.nn import SOCConv2d
 from lipfast.ops import skew_exp
+from lipfast.saved import saved_bytes
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -36,17 +37,7 @@ def worst_error(values: list[Tensor], exact: list[Tensor]) -> float:
 
 def saved_inputs(function: Callable[[], Tensor], x: Tensor) -> float:
     """What a forward pass keeps for its backward pass, in units of x."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function()
-    del y
-    return sum(kept.values()) / x.nbytes
+    return saved_bytes(function) / x.nbytes
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])

@@ -12,6 +12,7 @@ import lipfast
 from lipfast import reference
 from lipfast.models import ConvNet
 from lipfast.nn import METHODS, LOTConv2d
+from lipfast.saved import saved_bytes
 from lipfast.training import margin_cross_entropy
 
 GPU = torch.cuda.is_available()
@@ -56,19 +57,7 @@ def drifted(layer: nn.Module) -> nn.Module:
 
 def saved_megabytes(function: Callable[[], Tensor], *known: Tensor) -> float:
     """What a forward pass keeps for its backward pass, without `known`."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = function()
-    for tensor in known:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    del y
-    return sum(kept.values()) / 2**20
+    return saved_bytes(function, *known) / 2**20
 
 
 @pytest.mark.parametrize(("channels", "side"), SHAPES)

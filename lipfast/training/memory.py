@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 
-import torch
 from torch import Tensor, nn
+
+from lipfast.saved import saved_bytes
 
 from .loss import margin_cross_entropy
 
@@ -25,16 +26,4 @@ def saved_for_backward_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
         y: int64, shape (b,).
     """
     model = copy.deepcopy(model).train()
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = margin_cross_entropy(model(x), y)
-    del loss  # until here its graph kept the storages alive, so that no address was used twice
-    return sum(sizes.values())
+    return saved_bytes(lambda: margin_cross_entropy(model(x), y), *model.parameters())

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lipfast
 from lipfast import nn as lnn
 from lipfast.ops import polar_op
+from lipfast.saved import saved_bytes
 
 CASES = [((4, 4), 3, (3, 4)), ((3, 4), 3, (5, 5)), ((4, 2), 1, (2, 1)), ((6, 6), 3, (4, 3))]
 CASES += [((8, 8), 5, (5, 4))]
@@ -112,29 +113,15 @@ def test_work_and_memory_of_lot(channels, side):
     assert full * published >= 6 * multiplications(layer, size, None)
     x = torch.randn(32, channels, side, side, requires_grad=True)
     saved = {
-        name: saved_bytes(lambda: layer(x), name, x, layer.weight) for name in ("", "reference")
+        name: saved_bytes_on(lambda: layer(x), name, x, layer.weight) for name in ("", "reference")
     }
     assert saved["reference"] >= (14 if channels >= 64 else 8) * saved[""]
 
 
-def saved_bytes(function: Callable[[], Tensor], backend: str, *known: Tensor) -> int:
+def saved_bytes_on(function: Callable[[], Tensor], backend: str, *known: Tensor) -> int:
     """What a forward pass keeps for its backward pass, without `known`."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with (
-        lipfast.backend(backend or None),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        y = function()
-    for tensor in known:
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    del y
-    return sum(kept.values())
+    with lipfast.backend(backend or None):
+        return saved_bytes(function, *known)
 
 
 @pytest.mark.parametrize("method", ["lot", "cayley"])

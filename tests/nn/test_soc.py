@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lipfast
 from lipfast import nn as lnn
+from lipfast.saved import saved_tensors, storage_bytes
 
 F64 = torch.float64
 SIZES = list(itertools.product((1, 2, 5, 9), (1, 3, 7)))
@@ -185,16 +186,9 @@ def test_layer_that_saves_its_input_keeps_little_more(padding_mode):
         layer = lnn.SOCConv2d(16, 16, 3, **options)
         x = torch.randn(16, 16, 16, 16, dtype=F64, requires_grad=True)
         grad = torch.randn_like(x)
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_tensors() as kept:
             y = layer(x)
-        saved.append(sum(kept.values()) / x.nbytes)
+        saved.append(storage_bytes(kept) / x.nbytes)
         results.append([y, *torch.autograd.grad(y, [x, layer.weight], grad)])
     assert saved[1] <= 1.2 < 4.9 <= saved[0]
     for a, b in zip(*results, strict=True):

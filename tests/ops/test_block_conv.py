@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lipfast
 from lipfast import backends, reference
 from lipfast.ops import block_conv
+from lipfast.saved import saved_tensors
 
 OP = torch.ops.lipfast.block_conv.default
 F64 = torch.float64
@@ -162,17 +163,11 @@ def test_training_step_is_one_graph():
 def test_keeps_nothing_but_its_arguments():
     factor, halves = draw(3, 8, 8, 4)
     known = {t.untyped_storage().data_ptr() for t in (factor, halves)}
-    saved: list[int] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor.untyped_storage().data_ptr())
-        return tensor
-
-    for run in (block_conv, lambda f, q: OP(f[None], q[None])):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
+        for run in (block_conv, lambda f, q: OP(f[None], q[None])):
             run(factor, halves)
     assert len(saved) == 4
-    assert set(saved) == known
+    assert {t.untyped_storage().data_ptr() for t in saved} == known
 
 
 def test_is_deterministic():

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lipfast
 from lipfast import backends
 from lipfast.ops import cayley
+from lipfast.saved import saved_tensors
 
 OPS = torch.ops.lipfast
 
@@ -48,14 +49,8 @@ def test_fake_tensors_have_shape_and_dtype():
 
 @pytest.mark.parametrize("shape", [(3, 2, 8, 8), (3, 2, 8, 5), (3, 2, 5, 8)])
 def test_saves_the_result_and_no_square_matrix(shape):
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
     matrix = torch.randn(shape, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         out = cayley(matrix, planar=True)
     known = {out.data_ptr()} if shape[-1] == shape[-2] else {out.data_ptr(), matrix.data_ptr()}
     assert {t.data_ptr() for t in saved} == known

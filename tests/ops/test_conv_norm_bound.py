@@ -13,6 +13,7 @@ import lipfast
 from lipfast import backends, reference
 from lipfast.ops import conv_norm_bound
 from lipfast.ops.conv_norm_schatten import schatten_norm
+from lipfast.saved import saved_tensors
 
 F64 = torch.float64
 METHODS = ["unfolding", "frequency", "gram"]
@@ -169,14 +170,8 @@ def test_registration(planar):
 
 
 def test_saves_the_matrices_and_not_their_powers():
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
     matrix = draw((6, 8, 8)).requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         schatten_norm(matrix, 5)
     assert sum(t.numel() for t in saved) == 6 * 8 * 8 + 6
 

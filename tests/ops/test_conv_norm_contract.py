@@ -11,6 +11,7 @@ import lipfast
 from lipfast import backends
 from lipfast.ops import conv_norm
 from lipfast.reference import conv2d_same
+from lipfast.saved import saved_tensors
 
 F64 = torch.float64
 OP = torch.ops.lipfast.conv_norm.default
@@ -65,14 +66,8 @@ def test_training_step_is_one_graph(dynamic):
 
 
 def test_saves_two_vectors():
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
     kernel, vector = draw(6, 5, 3, 3)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         conv_norm(kernel, vector, "zeros")
     assert sorted(t.numel() for t in saved) == [5 * 20, 6 * 20]
 

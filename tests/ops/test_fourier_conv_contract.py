@@ -17,6 +17,7 @@ from lipfast.ops import (
     fourier_conv_spectrum,
     kernel_spectrum,
 )
+from lipfast.saved import saved_tensors
 
 OPS = torch.ops.lipfast
 
@@ -99,15 +100,9 @@ def test_fake_tensors_have_shape_and_dtype():
 
 @pytest.mark.parametrize("size", [6, 12, 114])
 def test_saves_the_spectrum_and_one_transform(size):
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
     x, kernel = draw(size, size, torch.float32)
     spectrum = kernel_spectrum(kernel, (size, size))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         fourier_conv(x, spectrum)
     extra = sum(t.nbytes for t in saved if t.data_ptr() != spectrum.data_ptr())
     assert extra == x.nbytes * 2 * (size // 2 + 1) // size

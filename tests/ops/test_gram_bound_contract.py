@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lipfast
 from lipfast import backends
 from lipfast.ops import gram_bound, gram_bound_cpp, gram_bound_cuda, gram_bound_gemm
+from lipfast.saved import saved_tensors
 
 OP = torch.ops.lipfast.gram_bound.default
 BACKWARD_OP = torch.ops.lipfast.gram_bound_backward.default
@@ -65,14 +66,8 @@ def test_training_step_is_one_graph(dynamic):
 
 @pytest.mark.parametrize("channels", [16, 64])
 def test_saves_one_byte_per_offset_and_pair(channels):
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
     weight, q = torch.randn(channels, channels, 3, 3).requires_grad_(), torch.rand(channels)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         gram_bound(weight, q)
     extra = sum(t.nbytes for t in saved if t.data_ptr() != weight.data_ptr())
     assert extra == 13 * channels**2 + 2 * 4 * channels  # signs, q and r

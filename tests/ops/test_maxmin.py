@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import maxmin
+from lipfast.saved import saved_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
@@ -159,14 +160,8 @@ def test_registration(shape, layout):
 
 @pytest.mark.parametrize("shape", [(4, 6, 8, 8), (3, 7, 5, 3)])
 def test_saves_one_bit_per_pair(shape):
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
     x = torch.randn(shape, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         maxmin(x, backend="cpp")
     pairs = shape[0] * (shape[1] // 2) * math.prod(shape[2:])
     assert sum(tensor.nbytes for tensor in saved) == math.ceil(pairs / 8)

@@ -11,6 +11,7 @@ import lipfast
 from lipfast import backends
 from lipfast.ops import polar, polar_gemm
 from lipfast.ops.polar_schedules import coefficients
+from lipfast.saved import saved_tensors
 
 OP = torch.ops.lipfast.polar.default
 BACKWARD_OP = torch.ops.lipfast.polar_backward.default
@@ -61,14 +62,8 @@ def test_training_step_is_one_graph(layout):
 @pytest.mark.parametrize("derivative", ["cg", "jvp"])
 @pytest.mark.parametrize("channels", [16, 64])
 def test_saves_the_matrix_and_its_polar_factor_alone(channels, derivative):
-    saved: list[Tensor] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.append(tensor)
-        return tensor
-
     v = torch.randn(10, 2, channels, channels, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors() as saved:
         w = polar(v, planar=True, derivative=derivative)
     kept = {t.data_ptr(): t.nbytes for t in saved}
     assert kept.pop(v.data_ptr()) == v.nbytes

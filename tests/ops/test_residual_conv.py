@@ -15,6 +15,7 @@ from lipfast import nn as lnn
 from lipfast.ops import residual_conv
 from lipfast.ops.residual_conv import _pack, _unpack
 from lipfast.reference import residual_conv as published
+from lipfast.saved import saved_bytes
 
 F64 = torch.float64
 OP = torch.ops.lipfast.residual_conv.default
@@ -112,22 +113,6 @@ def test_bits_survive_packing(size):
     expected = [sum(int(b) << j for j, b in enumerate(bits[i : i + 8])) for i in range(0, size, 8)]
     assert mask.tolist() == expected
     assert torch.equal(_unpack(mask, (1, 1, 1, size), False).flatten(), bits)
-
-
-def saved_bytes(function: Callable[[], object], *known: Tensor) -> int:
-    """Bytes of the distinct storages that are kept for backward, without those of `known`."""
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    outside = {t.untyped_storage().data_ptr() for t in known}
-    total = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in outside)
-    del result
-    return total
 
 
 def test_saves_one_bit_per_hidden_value():

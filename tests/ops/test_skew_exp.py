@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lipfast
 from lipfast import backends, reference
 from lipfast.ops import skew_exp, skew_exp_conv, skew_exp_derivative
+from lipfast.saved import saved_bytes
 
 F64 = torch.float64
 OP = torch.ops.lipfast.skew_exp.default
@@ -150,22 +151,6 @@ def test_strided_input_expanded_gradient_and_empty_batch(save, registered):
         y, *grads = gradients(skew_exp, arguments((0, 3, 4, 5), k), U5, mode, save=save)
         assert y.shape == (0, 3, 4, 5)
         assert not any(bool(g.any()) for g in grads)
-
-
-def saved_bytes(function: Callable[[], object], *known: Tensor) -> int:
-    """Bytes of the distinct storages that are kept for backward, without those of `known`."""
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    outside = {t.untyped_storage().data_ptr() for t in known}
-    total = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in outside)
-    del result
-    return total
 
 
 def test_what_is_saved(registered):
