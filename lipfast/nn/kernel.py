@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipfast import backends, reference
+from lipfast.ops.context import is_transformed
 
 from .base import LipschitzModule, is_autocast
 
@@ -91,12 +92,6 @@ def sound_backend(weight: Tensor) -> str:
     """The backend that builds the weights of evaluation mode, in float64 on any device."""
     published = backends.forced() == "reference" or is_transformed(weight)
     return "reference" if published else "torch"
-
-
-def is_transformed(x: Tensor) -> bool:
-    """Whether a transform of torch.func acts on x, outside of torch.compile."""
-    compiling = torch.compiler.is_compiling()
-    return not compiling and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -> nn.Module:

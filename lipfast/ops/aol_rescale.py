@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import aol_rescale_extension, aol_rescale_torch
+from lipfast.ops.context import no_second_derivative
 from lipfast.reference.gram_bound import inverse_or_zero
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -225,12 +226,6 @@ class _Eager(torch.autograd.Function):
         return *_backward(grad, weight, r, ctx.groups, ctx.backend), None, None, None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "aol_rescale: its derivative cannot be differentiated; backend='reference' can be"
-    )
-
-
 torch.library.define(
     "lipfast::aol_rescale",
     "(Tensor weight, Tensor r, int groups, ScalarType dtype, bool channels_last, str backend)"
@@ -246,4 +241,6 @@ torch.library.define(
 )
 torch.library.impl("lipfast::aol_rescale_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::aol_rescale_backward", _backward_fake)
-torch.library.register_autograd("lipfast::aol_rescale_backward", _no_second_derivative)
+torch.library.register_autograd(
+    "lipfast::aol_rescale_backward", no_second_derivative("aol_rescale")
+)

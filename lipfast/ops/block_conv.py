@@ -1,11 +1,10 @@
 """Orthogonal convolution kernels from half the columns of orthogonal matrices (BCOP)."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from lipfast import backends
+from lipfast.ops.context import why_not_transformed, without_autocast
 from lipfast.reference import block_conv as published
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -92,12 +91,7 @@ def _check(factor: Tensor, halves: Tensor) -> None:
 
 
 def _can_run(factor: Tensor, halves: Tensor) -> str | None:
-    if torch.compiler.is_compiling():
-        return None
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if wrapped(factor) or wrapped(halves):
-        return "the transforms of torch.func need the backend 'reference'"
-    return None
+    return why_not_transformed(factor, halves)
 
 
 backends.register("block_conv", {"torch": _can_run, "reference": lambda factor, halves: None})
@@ -120,7 +114,7 @@ def _shape(factor: Tensor, halves: Tensor) -> tuple[int, ...]:
 def _forward(factor: Tensor, halves: Tensor) -> Tensor:
     if 0 in _shape(factor, halves):
         return factor.new_empty(_shape(factor, halves))
-    with _without_autocast(factor):
+    with without_autocast(factor):
         kernel = factor[:, None, None]
         for index, half in enumerate(halves.unbind(1)):
             kernel = _compose(kernel, kernel.flatten(1, 3) @ half, half, index)
@@ -132,7 +126,7 @@ def _backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     factor, halves = ctx.saved_tensors
     if 0 in _shape(factor, halves):
         return torch.zeros_like(factor), torch.zeros_like(halves)
-    with _without_autocast(factor):
+    with without_autocast(factor):
         kernel, stages = factor[:, None, None], []
         for index, half in enumerate(halves.unbind(1)):
             inner = kernel.flatten(1, 3) @ half
@@ -171,13 +165,6 @@ def _compose(kernel: Tensor, inner: Tensor, half: Tensor, index: int) -> Tensor:
 
 def _axis(index: int) -> int:
     return 1 + index % 2
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 class _Eager(torch.autograd.Function):

@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
+from lipfast.ops.context import (
+    is_plain,
+    no_second_derivative,
+    why_not_transformed,
+    without_autocast,
+)
 from lipfast.reference.cayley import cayley as reference_cayley
 
 from . import cayley_cpp, cayley_lu
-from .fourier_conv_dft import is_plain, without_autocast
 
 _REAL_DTYPES = (torch.float64, torch.float32)
 _COMPLEX_DTYPES = (torch.complex128, torch.complex64)
@@ -78,10 +83,7 @@ def _check(matrix: Tensor, planar: bool) -> None:
 
 
 def _torch_can_run(matrix: Tensor) -> str | None:
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if not torch.compiler.is_compiling() and wrapped(matrix):
-        return "the transforms of torch.func need the backend 'reference'"
-    return None
+    return why_not_transformed(matrix)
 
 
 def _cpp_can_run(matrix: Tensor) -> str | None:
@@ -163,12 +165,6 @@ class _Eager(torch.autograd.Function):
         return op(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "cayley: its derivative cannot be differentiated; backend='reference' can be"
-    )
-
-
 torch.library.define("lipfast::cayley", "(Tensor matrix, bool planar, str backend) -> Tensor")
 torch.library.impl("lipfast::cayley", ("cpu", "cuda"), _forward)
 torch.library.register_fake("lipfast::cayley", _forward_fake)
@@ -180,4 +176,4 @@ torch.library.define(
 )
 torch.library.impl("lipfast::cayley_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::cayley_backward", _backward_fake)
-torch.library.register_autograd("lipfast::cayley_backward", _no_second_derivative)
+torch.library.register_autograd("lipfast::cayley_backward", no_second_derivative("cayley"))

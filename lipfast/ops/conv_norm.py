@@ -1,13 +1,12 @@
 """Estimates of a convolution's spectral norm by an iteration that never starts anew."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from lipfast import backends
+from lipfast.ops.context import no_second_derivative, without_autocast
 from lipfast.reference import circular_pad, power_iteration
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -131,7 +130,7 @@ def _forward(
     kernels = kernel if kernel.dim() == 5 else kernel[None]
     index = torch.arange(vector[0].numel(), device=vector.device, dtype=vector.dtype)
     other, _ = _unit(index.cos().view(1, *vector.shape[1:]))
-    with _without_autocast(kernel):
+    with without_autocast(kernel):
         vector, length = _unit(vector)
         vector = torch.where((length > 0) & length.isfinite(), vector, other)
         image, norm = _unit(_convolve(vector, kernels, padding_mode))
@@ -216,7 +215,7 @@ def _backward(
     if vector.numel() == 0 or image.numel() == 0:
         return vector.new_zeros(batch, out_channels, in_channels, *taps)
     image = image * grad.view(-1, 1, 1, 1)
-    with _without_autocast(vector):
+    with without_autocast(vector):
         if taps == [1, 1]:
             product = image.flatten(2) @ vector.flatten(2).mT
             return product.view(batch, out_channels, in_channels, 1, 1)
@@ -235,12 +234,6 @@ def _backward(
             groups=batch,
         )
     return gradient.view(batch, out_channels, in_channels, *taps)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
 
 
 def _forward_fake(
@@ -274,12 +267,6 @@ def _gradient(ctx, grad: Tensor | None, *_: None):  # type: ignore[no-untyped-de
     return gradient.view(ctx.shape), None, None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "conv_norm: its derivative cannot be differentiated; backend='reference' can be"
-    )
-
-
 torch.library.define(
     "lipfast::conv_norm",
     "(Tensor kernel, Tensor vector, str padding_mode, int steps) -> (Tensor, Tensor, Tensor)",
@@ -294,4 +281,4 @@ torch.library.define(
 )
 torch.library.impl("lipfast::conv_norm_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::conv_norm_backward", _backward_fake)
-torch.library.register_autograd("lipfast::conv_norm_backward", _no_second_derivative)
+torch.library.register_autograd("lipfast::conv_norm_backward", no_second_derivative("conv_norm"))

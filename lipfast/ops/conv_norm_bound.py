@@ -1,12 +1,12 @@
 """Proved upper bounds of a convolution's spectral norm, for every map size, with derivatives."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from lipfast import backends
+from lipfast.ops.context import without_autocast
 from lipfast.ops.conv_norm_schatten import schatten_norm
 from lipfast.ops.gram_bound import gram_bound
 from lipfast.reference import gram_bound as reference_gram_bound
@@ -68,7 +68,7 @@ def conv_norm_bound(
         bounds = kernels.sum(dim=(1, 2, 3, 4))
     else:
         one = (_PUBLISHED if chosen == "reference" else _METHODS)[method]
-        with _without_autocast(kernels):
+        with without_autocast(kernels):
             kernels, scale = unit_scale(kernels, dim=(1, 2, 3, 4))
             bounds = one(kernels, skew) * scale.flatten()
     return (bounds if kernel.dim() == 5 else bounds[0]).to(dtype)
@@ -93,13 +93,6 @@ def _check(kernel: Tensor, method: str) -> None:
         raise ValueError(
             f"conv_norm_bound: method must be one of {', '.join(_METHODS)}, got {method!r}"
         )
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
 
 
 def _can_run(kernel: Tensor) -> str | None:

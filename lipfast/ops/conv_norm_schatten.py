@@ -1,9 +1,9 @@
 """Schatten norms by Gram iteration: bounds of the spectral norm, with a closed-form derivative."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
+
+from lipfast.ops.context import no_second_derivative, without_autocast
 
 
 def schatten_norm(matrix: Tensor, squarings: int, *, planar: bool = False) -> Tensor:
@@ -26,7 +26,7 @@ def schatten_norm(matrix: Tensor, squarings: int, *, planar: bool = False) -> Te
 
 
 def _forward(matrix: Tensor, planar: bool, squarings: int) -> Tensor:
-    with _without_autocast(matrix):
+    with without_autocast(matrix):
         power, scale = _normalised(_wide(matrix.contiguous()), planar)
         log_norm = scale.log()
         for step in range(1, squarings + 1):
@@ -41,7 +41,7 @@ def _backward(grad: Tensor, matrix: Tensor, bound: Tensor, planar: bool, squarin
     The powers are known up to factors, so the length follows from <result, matrix> = grad bound.
     """
     axes = (-3, -2, -1) if planar else (-2, -1)
-    with _without_autocast(matrix):
+    with without_autocast(matrix):
         power, scale = _normalised(_wide(matrix.contiguous()), planar)
         powers = [power]
         for _ in range(squarings):
@@ -92,12 +92,6 @@ def _product(left: Tensor, right: Tensor, planar: bool) -> Tensor:
     return (product @ right.flatten(-3, -2)).unflatten(-2, (2, a.shape[-2]))
 
 
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
 def _forward_fake(matrix: Tensor, planar: bool, squarings: int) -> Tensor:
     return matrix.new_empty(matrix.shape[: -3 if planar else -2])
 
@@ -118,12 +112,6 @@ def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     return torch.ops.lipfast.schatten_norm_backward(*arguments), None, None
 
 
-def _no_second_derivative(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "conv_norm_bound: its derivative cannot be differentiated; backend='reference' can be"
-    )
-
-
 torch.library.define(
     "lipfast::schatten_norm", "(Tensor matrix, bool planar, int squarings) -> Tensor"
 )
@@ -137,4 +125,6 @@ torch.library.define(
 )
 torch.library.impl("lipfast::schatten_norm_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::schatten_norm_backward", _backward_fake)
-torch.library.register_autograd("lipfast::schatten_norm_backward", _no_second_derivative)
+torch.library.register_autograd(
+    "lipfast::schatten_norm_backward", no_second_derivative("conv_norm_bound")
+)

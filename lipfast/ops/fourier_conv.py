@@ -6,16 +6,20 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
+from lipfast.ops.context import (
+    is_plain,
+    no_second_derivative,
+    why_not_transformed,
+    without_autocast,
+)
 from lipfast.reference.fourier_conv import fourier_conv as reference_fourier_conv
 
 from . import fourier_conv_gemm
 from .fourier_conv_dft import (
     from_batch,
     inverse,
-    is_plain,
     to_batch,
     transform,
-    without_autocast,
 )
 
 _DTYPES = (torch.float64, torch.float32)
@@ -101,10 +105,7 @@ def _check(x: Tensor, spectrum: Tensor) -> None:
 
 
 def _torch_can_run(spectrum: Tensor, x: Tensor) -> str | None:
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if not torch.compiler.is_compiling() and (wrapped(x) or wrapped(spectrum)):
-        return "the transforms of torch.func need the backend 'reference'"
-    return None
+    return why_not_transformed(x, spectrum)
 
 
 def _triton_can_run(spectrum: Tensor, x: Tensor) -> str | None:
@@ -200,12 +201,6 @@ class _Eager(torch.autograd.Function):
         return *op(grad, *ctx.saved_tensors, *ctx.options), None
 
 
-def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "fourier_conv: its derivative cannot be differentiated; backend='reference' can be"
-    )
-
-
 torch.library.define(
     "lipfast::fourier_conv", "(Tensor x, Tensor spectrum, str backend) -> (Tensor, Tensor)"
 )
@@ -219,4 +214,6 @@ torch.library.define(
 )
 torch.library.impl("lipfast::fourier_conv_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::fourier_conv_backward", _backward_fake)
-torch.library.register_autograd("lipfast::fourier_conv_backward", _no_second_derivative)
+torch.library.register_autograd(
+    "lipfast::fourier_conv_backward", no_second_derivative("fourier_conv")
+)

@@ -11,7 +11,6 @@ the others: U^T U = I, so that one table serves both ways and their derivatives.
 import functools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -173,17 +172,3 @@ def _column_scale(h: int, w: int, device: torch.device) -> Tensor:
     if w % 2 == 0:
         multiplicity[-1] = 1
     return (multiplicity / (h * w)).sqrt()
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Whether an op may go without the dispatcher, a tenth of the time of a small layer."""
-    kinds = (Tensor, torch.nn.Parameter)
-    return not torch.compiler.is_compiling() and all(type(x) in kinds for x in tensors)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Autocast would round the products to bfloat16 or float16."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()

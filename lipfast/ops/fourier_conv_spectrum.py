@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from lipfast.ops.context import is_transformed, without_autocast
 from lipfast.reference.fourier_conv import kernel_spectrum as reference_spectrum
 
-from .fourier_conv_dft import cached_table, phases, without_autocast
+from .fourier_conv_dft import cached_table, phases
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,8 +38,7 @@ def kernel_spectrum(kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
     if kernel.dtype.itemsize < 4:
         kernel = kernel.float()
     h, w = map_size
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if torch.compiler.is_compiling() or not wrapped(kernel):
+    if not is_transformed(kernel):
         return torch.ops.lipfast.kernel_spectrum(kernel, h, w)
     spectrum = reference_spectrum(kernel, (h, w))
     return torch.stack([spectrum.real, spectrum.imag], dim=1)

@@ -1,13 +1,13 @@
 """Row sums of a convolution's Gram operator (Prach and Lampert 2022; Araujo et al. 2023)."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import gram_bound_cpp, gram_bound_cuda, gram_bound_gemm
+from lipfast.ops.context import is_plain, no_second_derivative, without_autocast
 from lipfast.reference.gram_bound import gram_bound as reference_gram_bound
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -58,8 +58,7 @@ def gram_bound(
         weight, q = weight.float(), None if q is None else q.float()
     if chosen == "reference":
         return _published(weight, q, axis, groups).to(dtype)
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    if plain and chosen in ("cpp", "torch"):
+    if is_plain(weight) and chosen in ("cpp", "torch"):
         # A small kernel would spend more time in the registered op's dispatch than in its products.
         return _Eager.apply(weight, q, axis, groups, chosen).to(dtype)
     return torch.ops.lipfast.gram_bound(weight, q, axis, groups, chosen)[0].to(dtype)
@@ -162,7 +161,7 @@ def _forward(
         r, signs = _forward_fake(weight, q, axis, groups, backend)
         return r.zero_(), signs.zero_()
     rows = None if q is None else q.reshape(len(taps), -1).contiguous()
-    with _without_autocast(weight):
+    with without_autocast(weight):
         if backend == "torch":
             sums, signs = gram_bound_gemm.gram_bound_forward(taps, rows)
         else:
@@ -189,7 +188,7 @@ def _backward(
     grad, r = grad.reshape(len(taps), -1), r.reshape(len(taps), -1)
     rows = None if q is None else q.reshape(len(taps), -1).contiguous()
     a = grad if rows is None else grad / rows
-    with _without_autocast(weight):
+    with without_autocast(weight):
         if backend == "torch":
             gram_bound_gemm.gram_bound_backward(taps, signs, a, rows, grad_taps)
         else:
@@ -201,12 +200,6 @@ def _backward(
     # <taps_i, dL/dtaps_i> = a_i q_i r_i + q_i sum_j N_ij a_j, since r is homogeneous in the taps.
     inner = (taps * grad_taps).sum(dim=(1, 2, 4))
     return grad_weight, ((inner - 2 * grad * r) / rows).view(q.shape)
-
-
-def _without_autocast(weight: Tensor) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.autocast(weight.device.type, enabled=False)
-    return nullcontext()
 
 
 def _launcher(backend: str):  # type: ignore[no-untyped-def]
@@ -275,12 +268,6 @@ class _Eager(torch.autograd.Function):
         return grad_weight, grad_q if ctx.needs_input_grad[1] else None, None, None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "gram_bound: its derivative cannot be differentiated; backend='reference' can be"
-    )
-
-
 torch.library.define(
     "lipfast::gram_bound",
     "(Tensor weight, Tensor? q, str axis, int groups, str backend) -> (Tensor, Tensor)",
@@ -296,4 +283,4 @@ torch.library.define(
 )
 torch.library.impl("lipfast::gram_bound_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::gram_bound_backward", _backward_fake)
-torch.library.register_autograd("lipfast::gram_bound_backward", _no_second_derivative)
+torch.library.register_autograd("lipfast::gram_bound_backward", no_second_derivative("gram_bound"))

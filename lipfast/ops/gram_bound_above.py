@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
-from lipfast.ops.gram_bound import _without_autocast, gram_bound
+from lipfast.ops.context import without_autocast
+from lipfast.ops.gram_bound import gram_bound
 
 
 def gram_bound_above(
@@ -33,7 +34,7 @@ def gram_bound_above(
             or its dimensions are too large for it.
     """
     _check_products(weight, backend)
-    with torch.no_grad(), _without_autocast(weight):
+    with torch.no_grad(), without_autocast(weight):
         r = gram_bound(weight, q, axis=axis, groups=groups, backend=backend)
         if weight.numel() == 0:
             return r

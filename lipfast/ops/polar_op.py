@@ -1,13 +1,13 @@
 """The registered op of polar: (B, P, m, n) real tensors, m <= n, P = 1 real or 2 planar complex."""
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipfast.ops import polar_gemm
+from lipfast.ops.context import is_plain, no_second_derivative, without_autocast
 from lipfast.ops.polar_schedules import coefficients
 
 _LAUNCHERS = {
@@ -22,9 +22,7 @@ def polar_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the polar factors of x (B, P, m, n), differentiable, and the residuals (B,)."""
     arguments = (x, schedule, derivative, steps, backend)
-    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if plain and not traced:
+    if is_plain(x) and not x.is_meta and not torch._C._are_functorch_transforms_active():
         # A small matrix would spend a tenth of its time in the registered op's dispatch.
         return _Eager.apply(*arguments)
     return torch.ops.lipfast.polar(*arguments)
@@ -33,7 +31,7 @@ def polar_op(
 def _forward(
     x: Tensor, schedule: str, derivative: str, steps: int, backend: str
 ) -> tuple[Tensor, Tensor]:
-    with _without_autocast(x):
+    with without_autocast(x):
         table = coefficients(schedule, x.dtype == torch.float64)
         return launcher(backend).polar_forward(x.contiguous(), table)
 
@@ -48,16 +46,10 @@ def _backward(
     backend: str,
 ) -> Tensor:
     grad, x = grad.contiguous(), x.contiguous()
-    with _without_autocast(x):
+    with without_autocast(x):
         if w is None:
             return polar_gemm.polar_jvp(grad, x, coefficients(schedule, x.dtype == torch.float64))
         return launcher(backend).polar_backward(grad, x, w, steps)
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
 
 
 def launcher(backend: str) -> Any:
@@ -115,12 +107,6 @@ class _Eager(torch.autograd.Function):
         return op(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
-def _no_second_derivative(ctx, *grads: Tensor):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "polar: its derivative cannot be differentiated; backend='reference' can be"
-    )
-
-
 torch.library.define(
     "lipfast::polar",
     "(Tensor x, str schedule, str derivative, int steps, str backend) -> (Tensor, Tensor)",
@@ -136,4 +122,4 @@ torch.library.define(
 )
 torch.library.impl("lipfast::polar_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::polar_backward", _backward_fake)
-torch.library.register_autograd("lipfast::polar_backward", _no_second_derivative)
+torch.library.register_autograd("lipfast::polar_backward", no_second_derivative("polar"))

@@ -9,6 +9,7 @@ from torch.nn.grad import conv2d_weight
 
 from lipfast import backends
 from lipfast.ops import residual_conv_triton
+from lipfast.ops.context import autocast_dtype, why_not_transformed
 from lipfast.reference import circular_pad, conv2d_same, conv2d_same_adjoint
 from lipfast.reference import residual_conv as published
 
@@ -77,7 +78,7 @@ def _check(
             raise TypeError(
                 f"residual_conv: {name} must be a torch.Tensor, got {type(value).__name__}"
             )
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     for name, value in tensors.items():
         expected = _DTYPES if dtype is not None and name != "x" else (x.dtype,)
         if value.dtype not in expected or value.dtype not in _DTYPES:
@@ -112,22 +113,10 @@ def _check(
     return x.dtype if dtype is None else dtype
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def _can_run(x: Tensor, *others: Tensor | None) -> str | None:
     if x.is_meta:
         return "it needs tensors on a CPU or a CUDA GPU, got one on meta"
-    if torch.compiler.is_compiling():
-        return None
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if any(t is not None and wrapped(t) for t in (x, *others)):
-        return "the transforms of torch.func need the backend 'reference'"
-    return None
+    return why_not_transformed(x, *others)
 
 
 def _triton_can_run(x: Tensor, *others: Tensor | None) -> str | None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import skew_exp_cuda
+from lipfast.ops.context import autocast_dtype, why_not_transformed
 from lipfast.ops.skew_exp_derivative import ratios, to_layout
 from lipfast.reference import conv2d_same, matrix_polynomial, skew_polynomial
 
@@ -75,7 +76,7 @@ def _check(
     for name, value in {"x": x, "kernel": kernel}.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"skew_exp: {name} must be a torch.Tensor, got {type(value).__name__}")
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     for name, value in {"x": x, "kernel": kernel}.items():
         expected = _DTYPES if dtype is not None and name != "x" else (x.dtype,)
         if value.dtype not in expected or value.dtype not in _DTYPES:
@@ -112,22 +113,10 @@ def _check(
     return x.dtype if dtype is None else dtype
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-
-
 def _can_run(x: Tensor, kernel: Tensor, terms: int, dtype: torch.dtype) -> str | None:
     if x.is_meta:
         return "it needs tensors on a CPU or a CUDA GPU, got one on meta"
-    if torch.compiler.is_compiling():
-        return None
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    if wrapped(x) or wrapped(kernel):
-        return "the transforms of torch.func need the backend 'reference'"
-    return None
+    return why_not_transformed(x, kernel)
 
 
 def _triton_can_run(x: Tensor, *others: Any) -> str | None:
