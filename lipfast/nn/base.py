@@ -2,14 +2,13 @@
 
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lipfast.ops.context import is_autocast, is_traced, outside_transforms, without_autocast
 
 
 class SoundWeights(NamedTuple):
@@ -17,6 +16,13 @@ class SoundWeights(NamedTuple):
 
     weights: tuple[Tensor, ...]
     bound: Tensor
+
+
+class Prebuilt(NamedTuple):
+    """Training weights with their graph that were built before the layer's forward pass."""
+
+    map_size: tuple[int, int]
+    weights: tuple[Tensor, ...]
 
 
 class _CacheEntry(NamedTuple):
@@ -83,6 +89,9 @@ class LipschitzModule(nn.Module):
         super().__init__()
         self._cache: _CacheEntry | None = None
         self._last_map_size: tuple[int, int] | None = None
+        self.prebuilt: Prebuilt | None = (
+            None  # whoever sets it takes it away after the forward pass
+        )
 
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
         """Return the kernel of the one convolution that the layer is in evaluation mode.
@@ -141,7 +150,7 @@ class LipschitzModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "prebuilt": None}
 
     # What a method defines -----------------------------------------------------------------------
 
@@ -184,10 +193,26 @@ class LipschitzModule(nn.Module):
         if not self.training:
             h, w = map_size if self._depends_on_map_size else (1, 1)
             return self._sound((int(h), int(w))).weights
-        with no_autocast(self.weight):
+        return self._for_input(x, self.training_weights(map_size))
+
+    def training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Return the weights of training mode with their graph, `prebuilt` where they are.
+
+        At least float32, whatever autocast says; `map_size` is (h, w) of the map that the weights
+        act on, after a stride's space-to-depth. Counts as a training step: it writes the layer's
+        power vectors and residuals.
+
+        Raises:
+            ValueError: a parameter is not finite (on a CPU; elsewhere reading it would wait).
+        """
+        prebuilt = self.prebuilt
+        if prebuilt is not None and (
+            not self._depends_on_map_size or prebuilt.map_size == tuple(map_size)
+        ):
+            return prebuilt.weights
+        with without_autocast(self.weight):
             self._check_finite(on_device=False)
-            weights = self._training_weights(map_size)
-        return self._for_input(x, weights)
+            return self._training_weights(map_size)
 
     def _for_input(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """The training weights in the form in which the layer meets x with them."""
@@ -196,7 +221,7 @@ class LipschitzModule(nn.Module):
         return tuple(weight.to(self._weight_dtype(x.dtype)) for weight in weights)
 
     def _sound(self, map_size: tuple[int, int]) -> SoundWeights:
-        if _is_traced(self.weight):
+        if is_traced(self.weight):
             return self._build_sound(map_size)
         parameters = [*self.parameters(), *self.buffers()]  # of parametrisations too
         entry = self._cache
@@ -216,8 +241,8 @@ class LipschitzModule(nn.Module):
         with (
             torch.inference_mode(False),
             torch.no_grad(),
-            no_autocast(self.weight),
-            _outside_transforms(self.weight),
+            without_autocast(self.weight),
+            outside_transforms(self.weight),
         ):
             return self._sound_weights(map_size)
 
@@ -237,7 +262,7 @@ class LipschitzModule(nn.Module):
 
     def _check_finite(self, *, on_device: bool) -> None:
         """Name the parameter that is not finite; on a GPU only where a synchronisation is free."""
-        if _is_traced(self.weight) or (not on_device and self.weight.device.type != "cpu"):
+        if is_traced(self.weight) or (not on_device and self.weight.device.type != "cpu"):
             return
         for name, parameter in self.named_parameters(recurse=False):
             values = parameter.detach()
@@ -266,33 +291,3 @@ class LipschitzModule(nn.Module):
                 f"input: expected dtype {self.weight.dtype} as the weight (or autocast), "
                 f"got {x.dtype}"
             )
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Switch autocast off on the device of `x`, where that device has it (meta has not)."""
-    device = x.device.type
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
-
-
-def is_autocast(x: Tensor) -> bool:
-    """Whether autocast is on for the device of `x`."""
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-def _outside_transforms(weight: Tensor) -> AbstractContextManager[Any]:
-    """Leave the transforms of torch.func, unless they act on the weight."""
-    if _is_traced(weight) or not torch._C._are_functorch_transforms_active():
-        return nullcontext()
-    return temporarily_clear_interpreter_stack()
-
-
-def _is_traced(weight: Tensor) -> bool:
-    """Whether values cannot be read now: torch.compile, export, torch.func or FakeTensorMode."""
-    return (
-        torch.compiler.is_compiling()
-        or isinstance(weight, FakeTensor)
-        or weight.is_meta
-        or torch._C._functorch.is_functorch_wrapped_tensor(weight)
-    )

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lipfast import ops
+from lipfast.ops.context import inside_transforms, is_transformed
 
-from .kernel import KernelModule, is_transformed
+from .kernel import KernelModule
 
 # ||I - X X^H||_F before the last step: after it, singular values are above 0.996
 RESIDUAL_LIMIT = 0.1
@@ -33,12 +34,11 @@ class PolarModule(KernelModule):
 
     def _polar(self, matrices: Tensor, backend: str | None, **options: Any) -> Tensor:
         """`ops.polar` of matrices; in training, where `backend` is None, its residual is kept."""
-        training, compiling = backend is None, torch.compiler.is_compiling()
+        training = backend is None
         if training and is_transformed(self.weight):
             backend = "reference"  # the others cannot be derived by torch.func
         factors, residuals = ops.polar(matrices, return_residual=True, backend=backend, **options)
-        # inside torch.func transforms nothing may be written
-        if training and (compiling or not torch._C._are_functorch_transforms_active()):
+        if training and not inside_transforms():
             with torch.no_grad():
                 self.polar_residual.copy_(residuals.amax())
         return factors

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipfast import backends, reference
-from lipfast.ops.context import is_transformed
+from lipfast.ops.context import inside_transforms, is_autocast, is_transformed
 
-from .base import LipschitzModule, is_autocast
+from .base import LipschitzModule
 
 
 class KernelModule(LipschitzModule):
@@ -84,8 +84,7 @@ def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
 
 def gram_backend() -> str | None:
     """The backend of ops in training: inside torch.func transforms the published form."""
-    inside = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return "reference" if inside else None
+    return "reference" if inside_transforms() else None
 
 
 def sound_backend(weight: Tensor) -> str:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lipfast import ops, reference
+from lipfast.ops.context import inside_transforms
 
 from .base import LipschitzModule, SoundWeights
 from .kernel import as_kernel, plain_kernel
@@ -99,7 +100,7 @@ class _SOC(LipschitzModule):
             return (self._scaled_by_unfoldings(kernel, squarings=5)[0],)
         vector = self.power_vector.to(kernel.dtype)
         norm, vector = reference.skew_power_iteration(kernel, vector, self._side)
-        if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        if not inside_transforms():
             with torch.no_grad():
                 self.power_vector.copy_(vector)
         return (kernel * (self._norm_limit / _MARGIN * reference.inverse_or_zero(norm)),)

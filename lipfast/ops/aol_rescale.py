@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import aol_rescale_extension, aol_rescale_torch
-from lipfast.ops.context import no_second_derivative
+from lipfast.ops.context import is_plain, no_second_derivative
 from lipfast.reference.gram_bound import inverse_or_zero
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -54,8 +54,7 @@ def aol_rescale(
     chosen = backends.choose("aol_rescale", weight, dtype, backend=backend)
     if chosen == "reference":
         return _published(weight, r, groups, dtype, channels_last)
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-    if plain and chosen in ("cpp", "torch"):
+    if is_plain(weight) and chosen in ("cpp", "torch"):
         # A small kernel would spend more time in the registered op's dispatch than on its numbers.
         return _Eager.apply(weight, r, groups, dtype, channels_last, chosen)
     return torch.ops.lipfast.aol_rescale(weight, r, groups, dtype, channels_last, chosen)

@@ -6,22 +6,26 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def is_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Switch autocast off on the device of `x`, where that device has it (meta has not)."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if is_autocast(x) else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast gives the convolutions of `x`, or None."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    if x.dtype == torch.float64 or not is_autocast(x):
         return None
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -35,6 +39,28 @@ def is_transformed(x: Tensor | None) -> bool:
     if x is None or torch.compiler.is_compiling():
         return False
     return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def inside_transforms() -> bool:
+    """Whether a transform of torch.func is under way, where no buffer may be written."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether x has no values now: torch.compile, export, torch.func or FakeTensorMode."""
+    return (
+        torch.compiler.is_compiling()
+        or isinstance(x, FakeTensor)
+        or x.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def outside_transforms(x: Tensor) -> AbstractContextManager[Any]:
+    """Leave the transforms of torch.func, unless they act on x."""
+    if is_traced(x) or not torch._C._are_functorch_transforms_active():
+        return nullcontext()
+    return temporarily_clear_interpreter_stack()
 
 
 def why_not_transformed(*tensors: Tensor | None) -> str | None:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from lipfast import backends
-from lipfast.ops.context import no_second_derivative, without_autocast
+from lipfast.ops.context import inside_transforms, no_second_derivative, without_autocast
 from lipfast.reference import circular_pad, power_iteration
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +60,7 @@ def conv_norm(
         kernel, vector = kernel.float(), vector.float()
     if chosen == "reference":
         norm, image = _published(kernel, vector, padding_mode, steps)
-    elif not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    elif inside_transforms():
         norm, image = _transformable(kernel, vector, padding_mode, steps)
     else:
         norm, image, _ = torch.ops.lipfast.conv_norm(kernel, vector, padding_mode, steps)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
-from lipfast.ops.context import without_autocast
+from lipfast.ops.context import inside_transforms, without_autocast
 from lipfast.ops.conv_norm_schatten import schatten_norm
 from lipfast.ops.gram_bound import gram_bound
 from lipfast.reference import gram_bound as reference_gram_bound
@@ -96,7 +96,7 @@ def _check(kernel: Tensor, method: str) -> None:
 
 
 def _can_run(kernel: Tensor) -> str | None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if inside_transforms():
         return "the transforms of torch.func need the backend 'reference'"
     return None
 

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from lipfast.ops import polar_gemm
-from lipfast.ops.context import is_plain, no_second_derivative, without_autocast
+from lipfast.ops.context import (
+    inside_transforms,
+    is_plain,
+    no_second_derivative,
+    without_autocast,
+)
 from lipfast.ops.polar_schedules import coefficients
 
 _LAUNCHERS = {
@@ -22,7 +27,7 @@ def polar_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the polar factors of x (B, P, m, n), differentiable, and the residuals (B,)."""
     arguments = (x, schedule, derivative, steps, backend)
-    if is_plain(x) and not x.is_meta and not torch._C._are_functorch_transforms_active():
+    if is_plain(x) and not x.is_meta and not inside_transforms():
         # A small matrix would spend a tenth of its time in the registered op's dispatch.
         return _Eager.apply(*arguments)
     return torch.ops.lipfast.polar(*arguments)
