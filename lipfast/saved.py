@@ -30,7 +30,7 @@ def saved_bytes(function: Callable[[], object], *known: Tensor) -> int:
 def storage_bytes(tensors: Iterable[Tensor], *known: Tensor) -> int:
     """Bytes of the storages of `tensors`, each once, without those of `known`."""
     storages = [tensor.untyped_storage() for tensor in tensors]
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    sizes = {storage._cdata: storage.nbytes() for storage in storages}  # fake ones have no pointer
     for tensor in known:
-        sizes.pop(tensor.untyped_storage().data_ptr(), None)
+        sizes.pop(tensor.untyped_storage()._cdata, None)
     return sum(sizes.values())
