@@ -1,20 +1,19 @@
-"""The `lipfast` command: info, train, certify, compare."""
+"""The `lipfast` command: info, train, certify, compare, scaling."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+
+from lipfast import cli_tools
+from lipfast.console import console as _console
+from lipfast.console import failure, print_error, user_errors
 
 if TYPE_CHECKING:
     from lipfast.report.experiment import Experiment
-
-PLAIN_WIDTH = 120
 
 app = typer.Typer(
     help="Train, certify and compare 1-Lipschitz networks.",
@@ -107,7 +106,7 @@ def train(
     from lipfast.training import CHECKPOINT_NAME, TrainingDiverged, distributed_from_env
     from lipfast.training import train as run
 
-    with _user_errors():
+    with user_errors():
         recipe = adapted_recipe(
             data,
             method,
@@ -120,7 +119,7 @@ def train(
         device = available_device(device)
         sets = load(data, data_root)
     with distributed_from_env(device) as world:
-        with _user_errors():
+        with user_errors():
             experiment = Experiment(
                 method,
                 recipe,
@@ -146,7 +145,7 @@ def train(
             console.print(f"epoch {epoch}/{config.epochs}: loss {loss:.4f}")
 
         try:
-            with _user_errors() if resume else nullcontext():
+            with user_errors() if resume else nullcontext():
                 result = run(
                     model,
                     loader,
@@ -157,7 +156,7 @@ def train(
                     on_epoch=None if bar else show,
                 )
         except TrainingDiverged as error:
-            raise _failure(str(error), code=1) from None
+            raise failure(str(error), code=1) from None
         console.print(
             f"{result.epochs} epochs in {result.seconds:.1f} s, "
             f"{result.seconds_per_epoch:.3g} s per epoch, loss {result.losses[-1]:.4f}"
@@ -191,7 +190,7 @@ def certify(
     from lipfast.report.radii import parse_radius
     from lipfast.training import load_model
 
-    with _user_errors():
+    with user_errors():
         radii = [parse_radius(text) for text in radius] if radius else list(RADII)
         device = available_device(device)
         model, metadata = load_model(checkpoint)
@@ -201,7 +200,7 @@ def certify(
     for line in certification_lines(found):
         console.print(line, soft_wrap=True)
     if json is not None:
-        with _user_errors():
+        with user_errors():
             json.parent.mkdir(parents=True, exist_ok=True)
             json.write_text(certification_json(found, str(checkpoint), data), encoding="utf-8")
 
@@ -229,7 +228,7 @@ def compare(
 
     console = _console()
     names = list(METHODS) if methods == "all" else [m.strip() for m in methods.split(",")]
-    with _user_errors():
+    with user_errors():
         plan = plan_comparison(
             data,
             names,
@@ -255,9 +254,12 @@ def compare(
         console.print(str(file), soft_wrap=True)
     failures = failure_lines(comparison)
     for line in failures:
-        _print_error(line)
+        print_error(line)
     if failures:
         raise typer.Exit(1)
+
+
+app.command()(cli_tools.scaling)
 
 
 def _headline(experiment: Experiment) -> str:
@@ -267,28 +269,3 @@ def _headline(experiment: Experiment) -> str:
         f"{recipe['epochs']} epochs, batch size {recipe['batch_size']}, "
         f"learning rate {recipe['lr']:g}, weight decay {recipe['weight_decay']:g}"
     )
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn the errors that user input causes into one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        raise _failure(str(error), code=2) from None
-
-
-def _failure(message: str, *, code: int) -> typer.Exit:
-    _print_error(message)
-    return typer.Exit(code)
-
-
-def _print_error(message: str) -> None:
-    line = f"error: {' '.join(message.split())}"
-    _console(stderr=True).print(line, style="red", soft_wrap=True)
-
-
-def _console(*, stderr: bool = False, quiet: bool = False) -> Console:
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() else PLAIN_WIDTH
-    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, width=width)

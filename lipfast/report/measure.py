@@ -26,7 +26,7 @@ def inference_seconds(model: nn.Module, x: Tensor) -> float:
     """
     model.eval()
     with torch.no_grad():
-        return _median_seconds(lambda: model(x), x.device)
+        return median_seconds(lambda: model(x), x.device)
 
 
 def training_step_seconds(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -34,7 +34,7 @@ def training_step_seconds(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
     Repeats as `inference_seconds`. Changes the weights: give it a model of its own.
     """
-    return _median_seconds(_training_step(model, x, y), x.device)
+    return median_seconds(_training_step(model, x, y), x.device)
 
 
 def training_memory_bytes(model: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -134,7 +134,8 @@ def _training_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]
     return step
 
 
-def _median_seconds(function: Callable[[], object], device: torch.device) -> float:
+def median_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Return the median time in seconds of a call, repeated as `inference_seconds` does."""
     for _ in range(WARMUP):
         function()
     times: list[float] = []
