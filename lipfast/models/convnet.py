@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lipfast.nn import METHODS, FirstChannels, MaxMin, PixelUnshuffle, ZeroChannelPad
 from lipfast.nn.layers import positive_int
+from lipfast.nn.options import split_options
 
 SIZES = {"XS": 16, "S": 32, "M": 64, "L": 128}
 
@@ -31,11 +32,19 @@ class ConvNet(nn.Sequential):
         layers_per_block: convolutions per block.
         device: of the parameters.
         dtype: of the parameters.
+        layer_options: keywords for each layer, as its class documents them: `ridge=1e-4` for LOT,
+            `series="taylor", norm="unfolding"` for SOC, `norm="sound"` for CPL, `bias=False`, and
+            `padding_mode` for the convolutions.
+
+    Attributes:
+        config: the arguments, without device and dtype, in the types of JSON: `ConvNet(**config)`
+            is the same network with fresh weights.
 
     Shapes:
         (n, channels, h, h) to (n, n_classes).
 
     Raises:
+        TypeError: the layers do not take one of the options.
         ValueError: an argument is out of range, or the input has another shape.
     """
 
@@ -50,6 +59,7 @@ class ConvNet(nn.Sequential):
         layers_per_block: int = 5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **layer_options: Any,
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
@@ -64,23 +74,25 @@ class ConvNet(nn.Sequential):
         if not 2 <= n_classes <= features:
             raise ValueError(f"n_classes: expected 2 to {features}, got {n_classes!r}")
         conv, linear = METHODS[method].conv, METHODS[method].linear
+        conv_options, linear_options = split_options(layer_options, conv, linear)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        conv_options.update(factory)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["image"] = _Image((channels, input_size[1], input_size[2]))
         layers["pad"] = ZeroChannelPad(w)
-        layers["first_conv"] = conv(w, w, 1, **factory)
+        layers["first_conv"] = conv(w, w, 1, **conv_options)
         layers["first_activation"] = MaxMin()
         for i in range(n_blocks):
             c = w * 2**i
             kernel_size = 1 if i == n_blocks - 1 else 3
             block: list[nn.Module] = []
             for _ in range(layers_per_block):
-                block += [conv(c, c, kernel_size, **factory), MaxMin()]
+                block += [conv(c, c, kernel_size, **conv_options), MaxMin()]
             layers[f"block{i + 1}"] = nn.Sequential(
                 *block, FirstChannels(c // 2), PixelUnshuffle(2)
             )
         layers["flatten"] = nn.Flatten()
-        layers["linear"] = linear(features, features, **factory)
+        layers["linear"] = linear(features, features, **linear_options, **factory)
         layers["classes"] = FirstChannels(n_classes)
         super().__init__(layers)
         self.config: dict[str, Any] = {
@@ -90,6 +102,7 @@ class ConvNet(nn.Sequential):
             "input_size": list(input_size),
             "width": width,
             "layers_per_block": layers_per_block,
+            **layer_options,
         }
 
 

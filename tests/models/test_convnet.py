@@ -1,11 +1,14 @@
 """The paper's network: sizes, shapes, parameters, arguments."""
 
+import json
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lipfast import nn as lnn
 from lipfast.models import SIZES, ConvNet
+from lipfast.nn.options import option_names
 from lipfast.training import margin_cross_entropy
 
 
@@ -64,6 +67,51 @@ def test_blocks_follow_the_map_and_the_last_has_kernel_one():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         ConvNet(**{"method": "aol", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "attributes"),
+    [
+        ("lot", {"ridge": 1e-4, "bias": False}, {"ridge": 1e-4, "bias": None}),
+        (
+            "soc",
+            {"series": "taylor", "norm": "unfolding", "eval_terms": 9},
+            {"series": "taylor", "norm": "unfolding", "eval_terms": 9},
+        ),
+        ("cpl", {"norm": "sound"}, {"norm": "sound"}),
+        ("bcop", {}, {}),
+    ],
+)
+def test_options_reach_every_layer_and_are_part_of_the_config(method, options, attributes):
+    small = {"input_size": (1, 4, 4), "width": 4, "size": None, "layers_per_block": 1}
+    net = ConvNet(method, **small, **options)
+    again = ConvNet(**json.loads(json.dumps(net.config)))
+    assert again.config == net.config
+    assert set(net.config) - set(ConvNet(method, **small).config) == set(options)
+    for model in (net, again):
+        layers = [m for m in model.modules() if isinstance(m, lnn.LipschitzModule)]
+        assert len(layers) == 4
+        for layer in layers:
+            assert {name: getattr(layer, name) for name in attributes} == attributes
+
+
+def test_the_padding_mode_is_that_of_the_convolutions():
+    net = ConvNet("aol", input_size=(1, 4, 4), width=4, padding_mode="zeros")
+    convs = [m for m in net.modules() if isinstance(m, lnn.AOLConv2d)]
+    assert {conv.padding_mode for conv in convs} == {"zeros"}
+    with pytest.raises(ValueError, match="padding_mode: CayleyConv2d"):
+        ConvNet("cayley", input_size=(1, 4, 4), width=4, padding_mode="zeros")
+
+
+@pytest.mark.parametrize("option", ["ridge", "stride", "groups", "terms"])
+def test_options_that_the_layers_do_not_take_are_named(option):
+    with pytest.raises(TypeError, match=f"layer_options: AOLConv2d takes bias.*got '{option}'"):
+        ConvNet("aol", input_size=(1, 4, 4), width=4, **{option: 2})
+    assert option_names(lnn.AOLLinear) == ("bias",)
+    assert option_names(lnn.SOCConv2d) == (
+        *("bias", "padding_mode"),
+        *("series", "terms", "eval_terms", "norm", "save"),
+    )
 
 
 def test_an_input_of_another_shape_is_refused():

@@ -94,6 +94,19 @@ def test_load_model(tmp_path, method):
         assert torch.equal(loaded(x), model.eval()(x))
 
 
+def test_load_model_keeps_the_options_of_the_layers(tmp_path):
+    torch.manual_seed(0)
+    options = {"series": "taylor", "norm": "unfolding", "terms": 4}
+    model = ConvNet("soc", **ARGUMENTS, **options)
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, Checkpoint(model.state_dict(), {}, {"model": model.config}))
+    loaded, _ = load_model(path)
+    assert {name: getattr(loaded.linear, name) for name in options} == options
+    x = torch.rand(5, 1, 4, 4)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model.eval()(x))
+
+
 def test_load_model_rejects(tmp_path):
     path = tmp_path / "a.safetensors"
     linear = nn.Linear(2, 2)
