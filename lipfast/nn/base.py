@@ -182,8 +182,13 @@ class LipschitzModule(nn.Module):
         """The dtype of the training weights for an input of `dtype`, outside autocast."""
         return dtype
 
-    def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
-        """Plain torch module with these weights."""
+    def _plain(
+        self,
+        weights: tuple[Tensor, ...],
+        map_size: tuple[int, int],
+        channels: tuple[int, int] | None = None,
+    ) -> nn.Module:
+        """Plain torch module with these weights, for the first `channels` in and out, or all."""
         raise NotImplementedError
 
     # ---------------------------------------------------------------------------------------------
@@ -264,7 +269,7 @@ class LipschitzModule(nn.Module):
         """Name the parameter that is not finite; on a GPU only where a synchronisation is free."""
         if is_traced(self.weight) or (not on_device and self.weight.device.type != "cpu"):
             return
-        for name, parameter in self.named_parameters(recurse=False):
+        for name, parameter in self.named_parameters():  # of parametrisations too
             values = parameter.detach()
             if values.numel() and not bool(torch.isfinite(values).all()):
                 raise ValueError(
