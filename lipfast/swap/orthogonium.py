@@ -1,0 +1,5 @@
+"""Rules for the layers of orthogonium."""
+
+from .rules import Rule
+
+RULES: tuple[Rule, ...] = ()
