@@ -1,5 +1,6 @@
 """A kernel scaled by r^(-1/2) along its input channels (Prach and Lampert 2022)."""
 
+import functools
 import math
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import aol_rescale_extension, aol_rescale_torch
-from lipfast.ops.context import is_plain, no_second_derivative
+from lipfast.ops.context import is_plain, torch_gradients
 from lipfast.reference.gram_bound import inverse_or_zero
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -25,8 +26,8 @@ def aol_rescale(
     """Return weight_oi r_i^(-1/2), and 0 where r_i is not positive.
 
     Scaling, cast and change of memory format are one pass over the kernel, and so is the
-    derivative with respect to weight and r, which cannot be differentiated again (except with
-    backend "reference"). Two calls give the same bits. Derivation: docs/math/gram_bound.md.
+    derivative with respect to weight and r; under `create_graph=True` that is torch's derivative of
+    the reference. Two calls give the same bits. Derivation: docs/math/gram_bound.md.
 
     Args:
         weight: (out, in / groups, kh, kw) or (out, in / groups), or several in (batch, ...);
@@ -45,7 +46,6 @@ def aol_rescale(
         TypeError: weight or r is no tensor, or a dtype is another one.
         ValueError: a shape, device or number of groups does not fit, or the backend cannot run;
             the error says why.
-        NotImplementedError: the derivative is differentiated.
 
     Source: Prach, Lampert, "Almost-orthogonal layers for efficient general-purpose Lipschitz
     networks", ECCV 2022, theorem 2.
@@ -199,11 +199,16 @@ def _backward_fake(
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    weight, r, ctx.groups, _, _, ctx.backend = inputs
+    weight, r, ctx.groups, ctx.dtype, _, ctx.backend = inputs
     ctx.save_for_backward(weight, r)
 
 
 def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        function = functools.partial(
+            _published, groups=ctx.groups, dtype=ctx.dtype, channels_last=False
+        )
+        return *torch_gradients(function, ctx.saved_tensors, grad), None, None, None, None
     op = torch.ops.lipfast.aol_rescale_backward
     grad_weight, grad_r = op(grad, *ctx.saved_tensors, ctx.groups, ctx.backend)
     return grad_weight, grad_r, None, None, None, None
@@ -240,6 +245,3 @@ torch.library.define(
 )
 torch.library.impl("lipfast::aol_rescale_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::aol_rescale_backward", _backward_fake)
-torch.library.register_autograd(
-    "lipfast::aol_rescale_backward", no_second_derivative("aol_rescale")
-)

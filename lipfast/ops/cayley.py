@@ -8,7 +8,6 @@ from torch import Tensor
 from lipfast import backends
 from lipfast.ops.context import (
     is_plain,
-    no_second_derivative,
     why_not_transformed,
     without_autocast,
 )
@@ -26,8 +25,8 @@ def cayley(matrix: Tensor, *, planar: bool = False, backend: str | None = None) 
     The result has orthonormal columns, or rows where there are more columns than rows (there the
     adjoint problem is solved). I + A is never singular: the real part of its numerical range is at
     least 1. The backward pass of a square matrix keeps the result alone, otherwise also the
-    argument; it cannot be differentiated again (except with backend "reference"). A NaN spoils
-    its own matrix of the batch only. Derivation: docs/math/cayley.md.
+    argument, and can be differentiated again. A NaN spoils its own matrix of the batch only.
+    Derivation: docs/math/cayley.md.
 
     Args:
         matrix: (..., m, n), float64, float32, complex128 or complex64; with `planar`
@@ -43,7 +42,6 @@ def cayley(matrix: Tensor, *, planar: bool = False, backend: str | None = None) 
     Raises:
         TypeError: matrix is no tensor or has another dtype.
         ValueError: the shape does not fit, or the backend cannot run; the error says why.
-        NotImplementedError: the derivative is differentiated.
 
     Source: Trockman, Kolter, "Orthogonalizing convolutional layers with the Cayley transform", ICLR
     2021, section 3 and appendix C.
@@ -146,8 +144,21 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+    if torch.is_grad_enabled():
+        matrix, out = ctx.saved_tensors
+        return _differentiable(grad, matrix, out, ctx.options[0]), None, None
     grad = torch.ops.lipfast.cayley_backward(grad, *ctx.saved_tensors, *ctx.options)
     return grad, None, None
+
+
+def _differentiable(grad: Tensor, matrix: Tensor | None, out: Tensor, planar: bool) -> Tensor:
+    """`_backward` by differentiable operations."""
+    if out.numel() == 0:
+        return torch.zeros_like(out)
+    grad, result = _batched(grad, planar), _batched(out, planar)
+    rectangular = None if matrix is None else _batched(matrix, planar)
+    with without_autocast(out):
+        return _restored(cayley_lu.cayley_differentiable(grad, rectangular, result), out)
 
 
 class _Eager(torch.autograd.Function):
@@ -161,8 +172,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        op = torch.ops.lipfast.cayley_backward if torch.is_grad_enabled() else _backward
-        return op(grad, *ctx.saved_tensors, *ctx.options), None, None
+        if torch.is_grad_enabled():
+            return _gradient(ctx, grad)
+        return _backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 
 
 torch.library.define("lipfast::cayley", "(Tensor matrix, bool planar, str backend) -> Tensor")
@@ -176,4 +188,3 @@ torch.library.define(
 )
 torch.library.impl("lipfast::cayley_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::cayley_backward", _backward_fake)
-torch.library.register_autograd("lipfast::cayley_backward", no_second_derivative("cayley"))

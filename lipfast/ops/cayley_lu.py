@@ -56,6 +56,30 @@ def cayley_backward(grad: Tensor, matrix: Tensor | None, out: Tensor) -> Tensor:
     return result
 
 
+def cayley_differentiable(grad: Tensor, matrix: Tensor | None, out: Tensor) -> Tensor:
+    """`cayley_backward` by operations that can be differentiated, on complex numbers."""
+    n = out.shape[-1]
+    planar = out.shape[1] == 2
+    values = [None if t is None else _joined(t) for t in (grad, matrix, out)]
+    grad, matrix, out = values  # type: ignore[assignment]
+    twice = out[:, :n] + torch.eye(n, dtype=out.dtype, device=out.device)
+    upper, lower = grad[:, :n], grad[:, n:]
+    if matrix is not None:
+        upper = upper - matrix[:, n:].mH @ lower
+    inner = twice.mH @ upper @ twice.mH
+    skew = (inner.mH - inner) / 2
+    result = skew
+    if matrix is not None:
+        below = -(matrix[:, n:] @ (inner + skew) + lower @ twice.mH)
+        result = torch.cat([skew, below], dim=1)
+    return torch.stack([result.real, result.imag], dim=1) if planar else result[:, None]
+
+
+def _joined(matrix: Tensor) -> Tensor:
+    """(batch, m, n), complex where there are two parts."""
+    return torch.complex(*matrix.unbind(1)) if matrix.shape[1] == 2 else matrix[:, 0]
+
+
 def _inverse(matrix: Tensor) -> Tensor:
     return torch.linalg.inv_ex(matrix)[0]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,12 +70,18 @@ def why_not_transformed(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def no_second_derivative(op: str) -> Callable[..., NoReturn]:
-    """Return the derivative to register for the backward operator of `op`: an error."""
+def torch_gradients(
+    function: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return dL/dtensor of each tensor by torch's derivative of `function`, differentiable again.
 
-    def derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise NotImplementedError(
-            f"{op}: its derivative cannot be differentiated; backend='reference' can be"
-        )
-
-    return derivative
+    For the backward pass of an op under `create_graph=True`: `function` is the op in plain torch
+    operations, `grad` is dL/dfunction(*tensors). None for tensors that require no gradient.
+    """
+    with torch.enable_grad():
+        # one tensor may have been computed from another: a gradient must not flow on to that
+        aliases = [None if t is None else t.view_as(t) for t in tensors]
+        wanted = [t for t in aliases if t is not None and t.requires_grad]
+        y = function(*aliases)
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return tuple(next(found) if t is not None and t.requires_grad else None for t in aliases)

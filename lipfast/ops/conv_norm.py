@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from lipfast import backends
-from lipfast.ops.context import inside_transforms, no_second_derivative, without_autocast
+from lipfast.ops.context import inside_transforms, without_autocast
 from lipfast.reference import circular_pad, power_iteration
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,10 +27,11 @@ def conv_norm(
     W^T W v, W the convolution with `kernel` on maps of the size of `vector`: a power iteration that
     keeps the best combination. Called once in every training step with the last call's vector it
     follows the norm of slowly changing weights. The estimate never exceeds the norm and may lie far
-    below it: it proves nothing. Differentiable in the kernel, once, with the vector held constant
-    (exact at convergence); the backward pass keeps the two vectors and is one weight gradient of a
-    convolution. Nothing is read on the host. A vector that is 0 or not finite is replaced by a
-    fixed one. Derivation: docs/math/conv_norm.md.
+    below it: it proves nothing. Differentiable in the kernel with the vector held constant, which
+    is exact at convergence for a first derivative; a second one misses the vector's own. The
+    backward pass keeps the two vectors and the norm, and is one weight gradient of a convolution.
+    Nothing is read on the host. A vector that is 0 or not finite is replaced by a fixed one.
+    Derivation: docs/math/conv_norm.md.
 
     Args:
         kernel: (out, in, kh, kw), odd kh and kw, or several in (batch, ...), which run in one
@@ -48,7 +49,6 @@ def conv_norm(
         TypeError: kernel or vector is no tensor or has another dtype.
         ValueError: a shape, device, padding mode or number of steps does not fit, or the backend
             cannot run; the error says why.
-        NotImplementedError: the derivative is differentiated.
 
     Source: Meunier, Delattre, Araujo, Allauzen, "A dynamical system perspective for Lipschitz
     neural networks", ICML 2022, algorithm 1.
@@ -254,16 +254,27 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     kernel, _, ctx.padding_mode, _ = inputs
     ctx.shape = kernel.shape
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(*output)
 
 
-def _gradient(ctx, grad: Tensor | None, *_: None):  # type: ignore[no-untyped-def]
-    if grad is None:
+def _gradient(  # type: ignore[no-untyped-def]
+    ctx, grad: Tensor | None, _: None, grad_image: Tensor | None
+):
+    """`grad_image` comes from a second derivative: norm = |W v| and image = W v / norm."""
+    norm, vector, image = ctx.saved_tensors
+    taps = list(ctx.shape[-2:])
+    if torch.is_grad_enabled() or grad_image is not None:
+        total = torch.zeros_like(image) if grad is None else grad.view(-1, 1, 1, 1) * image
+        if grad_image is not None:
+            along = (image * grad_image).sum(dim=(1, 2, 3), keepdim=True)
+            norms = norm.view(-1, 1, 1, 1)
+            total = total + (grad_image - along * image) / torch.where(norms == 0, 1, norms)
+        ones = torch.ones_like(norm)
+        gradient = _backward(ones, vector.detach(), total, taps, ctx.padding_mode)
+    elif grad is None:
         return None, None, None, None
-    vector, image = ctx.saved_tensors
-    gradient = torch.ops.lipfast.conv_norm_backward(
-        grad, vector, image, list(ctx.shape[-2:]), ctx.padding_mode
-    )
+    else:
+        gradient = torch.ops.lipfast.conv_norm_backward(grad, vector, image, taps, ctx.padding_mode)
     return gradient.view(ctx.shape), None, None, None
 
 
@@ -281,4 +292,3 @@ torch.library.define(
 )
 torch.library.impl("lipfast::conv_norm_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::conv_norm_backward", _backward_fake)
-torch.library.register_autograd("lipfast::conv_norm_backward", no_second_derivative("conv_norm"))

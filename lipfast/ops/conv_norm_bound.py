@@ -36,7 +36,7 @@ def conv_norm_bound(
     * "gram": the square root of the largest row sum of the Gram operator (`gram_bound`).
 
     The derivatives of the Schatten norms are in closed form: the backward pass keeps the matrices
-    and computes their powers again. They cannot be differentiated again.
+    and computes their powers again. They can be differentiated again.
 
     Args:
         kernel: (out, in, kh, kw), odd kh and kw, or several in (batch, ...); float64, float32, or
@@ -53,7 +53,6 @@ def conv_norm_bound(
     Raises:
         TypeError: kernel is no tensor or has another dtype.
         ValueError: a shape or the method is wrong, or the backend cannot run; the error says why.
-        NotImplementedError: the derivative is differentiated.
 
     Source: Singla, Feizi, "Fantastic four", ICLR 2021, theorem 1; Delattre, Barthelemy, Araujo,
     Allauzen, "Efficient bound of Lipschitz constant for convolutional layers by Gram iteration",

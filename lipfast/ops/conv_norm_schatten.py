@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from lipfast.ops.context import no_second_derivative, without_autocast
+from lipfast.ops.context import without_autocast
 
 
 def schatten_norm(matrix: Tensor, squarings: int, *, planar: bool = False) -> Tensor:
     """Return (sum_i sigma_i^p)^(1/p) >= norm_2(matrix), p = 2^(squarings + 1).
 
-    The backward pass keeps the matrix and computes its powers again; the derivative cannot be
-    differentiated. Derivation: docs/math/conv_norm.md.
+    The backward pass keeps the matrix, computes its powers again, and can be differentiated.
+    Derivation: docs/math/conv_norm.md.
 
     Args:
         matrix: (..., m, n) real, or with `planar` (..., 2, m, n), real and imaginary parts.
@@ -109,6 +109,8 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     arguments = (grad, *ctx.saved_tensors, ctx.planar, ctx.squarings)
+    if torch.is_grad_enabled():
+        return _backward(*arguments), None, None
     return torch.ops.lipfast.schatten_norm_backward(*arguments), None, None
 
 
@@ -125,6 +127,3 @@ torch.library.define(
 )
 torch.library.impl("lipfast::schatten_norm_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::schatten_norm_backward", _backward_fake)
-torch.library.register_autograd(
-    "lipfast::schatten_norm_backward", no_second_derivative("conv_norm_bound")
-)

@@ -8,7 +8,6 @@ from torch import Tensor
 from lipfast import backends
 from lipfast.ops.context import (
     is_plain,
-    no_second_derivative,
     why_not_transformed,
     without_autocast,
 )
@@ -31,9 +30,9 @@ def fourier_conv(x: Tensor, spectrum: Tensor, *, backend: str | None = None) -> 
 
     The result is that of torch.fft for any spectrum: imaginary parts at f_x = 0 and w / 2 count
     only as far as they keep the result real. The backward pass keeps the spectrum and the
-    transform of x, 1 + 2 / w times the size of x; it cannot be differentiated again (except with
-    backend "reference"). Products follow torch's setting for TF32 in float32 matrix
-    products on CUDA; autocast does not apply. Derivation: docs/math/fourier_conv.md.
+    transform of x, 1 + 2 / w times the size of x, and can be differentiated again. Products follow
+    torch's setting for TF32 in float32 matrix products on CUDA; autocast does not apply.
+    Derivation: docs/math/fourier_conv.md.
 
     Args:
         x: (n, in, h, w), the dtype of spectrum, or bfloat16 or float16 with a float32 spectrum,
@@ -49,7 +48,6 @@ def fourier_conv(x: Tensor, spectrum: Tensor, *, backend: str | None = None) -> 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
         ValueError: a shape or device does not fit, or the backend cannot run; the error says why.
-        NotImplementedError: the derivative is differentiated.
 
     Source: Trockman, Kolter, "Orthogonalizing convolutional layers with the Cayley transform", ICLR
     2021, section 3; Xu et al., "LOT", NeurIPS 2022, section 3.2.
@@ -63,7 +61,7 @@ def fourier_conv(x: Tensor, spectrum: Tensor, *, backend: str | None = None) -> 
             y = reference_fourier_conv(x, torch.complex(spectrum[:, 0], spectrum[:, 1]))
         return y.to(dtype)
     if is_plain(x, spectrum):
-        return _Eager.apply(x, spectrum, chosen).to(dtype)
+        return _Eager.apply(x, spectrum, chosen)[0].to(dtype)
     return torch.ops.lipfast.fourier_conv(x, spectrum, chosen)[0].to(dtype)
 
 
@@ -171,19 +169,42 @@ def _backward_fake(
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     _, spectrum, *ctx.options = inputs
+    ctx.map_size = output[0].shape[2:]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], spectrum)
 
 
-def _save_alone(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.set_materialize_grads(False)
-    _save(ctx, inputs, output)
-
-
-def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def]
-    if grad is None:
-        return None, None, None
+def _gradient(  # type: ignore[no-untyped-def]
+    ctx, grad: Tensor | None, grad_x_hat: Tensor | None, backward=None
+):
+    """`grad_x_hat`, of the transform of x, comes from a second derivative."""
     x_hat, spectrum = ctx.saved_tensors
-    return *torch.ops.lipfast.fourier_conv_backward(grad, x_hat, spectrum, *ctx.options), None
+    grad_x = grad_spectrum = None
+    if grad is not None:
+        if torch.is_grad_enabled():
+            grad_x, grad_spectrum = _differentiable(grad, x_hat, spectrum, *ctx.options)
+        else:
+            backward = backward or torch.ops.lipfast.fourier_conv_backward
+            grad_x, grad_spectrum = backward(grad, x_hat, spectrum, *ctx.options)
+    if grad_x_hat is not None:
+        more = torch.ops.lipfast.fourier_inverse(grad_x_hat, *ctx.map_size)
+        grad_x = more if grad_x is None else grad_x + more
+    return grad_x, grad_spectrum, None
+
+
+def _differentiable(
+    grad: Tensor, x_hat: Tensor, spectrum: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """`_backward` by differentiable operations: the op itself with the adjoint matrices."""
+    real, imaginary = spectrum.unbind(1)
+    adjoint = torch.stack([real.mT, -imaginary.mT], dim=1)
+    grad_x, grad_hat = torch.ops.lipfast.fourier_conv(grad, adjoint, backend)
+    with without_autocast(grad):
+        (real, imaginary), (x_real, x_imaginary) = grad_hat.mT, x_hat
+        products = torch.stack(
+            [real @ x_real + imaginary @ x_imaginary, imaginary @ x_real - real @ x_imaginary]
+        )
+    return grad_x, from_batch(products, *grad.shape[2:])
 
 
 class _Eager(torch.autograd.Function):
@@ -193,12 +214,11 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
         output = _forward(*inputs)
         _save(ctx, inputs, output)
-        return output[0]
+        return output
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        op = torch.ops.lipfast.fourier_conv_backward if torch.is_grad_enabled() else _backward
-        return *op(grad, *ctx.saved_tensors, *ctx.options), None
+    def backward(ctx, grad, grad_x_hat):  # type: ignore[no-untyped-def]
+        return _gradient(ctx, grad, grad_x_hat, _backward)
 
 
 torch.library.define(
@@ -206,7 +226,7 @@ torch.library.define(
 )
 torch.library.impl("lipfast::fourier_conv", ("cpu", "cuda"), _forward)
 torch.library.register_fake("lipfast::fourier_conv", _forward_fake)
-torch.library.register_autograd("lipfast::fourier_conv", _gradient, setup_context=_save_alone)
+torch.library.register_autograd("lipfast::fourier_conv", _gradient, setup_context=_save)
 
 torch.library.define(
     "lipfast::fourier_conv_backward",
@@ -214,6 +234,3 @@ torch.library.define(
 )
 torch.library.impl("lipfast::fourier_conv_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::fourier_conv_backward", _backward_fake)
-torch.library.register_autograd(
-    "lipfast::fourier_conv_backward", no_second_derivative("fourier_conv")
-)

@@ -172,3 +172,39 @@ def _column_scale(h: int, w: int, device: torch.device) -> Tensor:
     if w % 2 == 0:
         multiplicity[-1] = 1
     return (multiplicity / (h * w)).sqrt()
+
+
+# U and U^T for derivatives of derivatives, each the derivative of the other ----------------------
+
+
+def _transform_fake(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    return x.new_empty(2, h * (w // 2 + 1), n, c)
+
+
+def _save_map_size(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.map_size = inputs[0].shape[2:]
+
+
+torch.library.define("lipfast::fourier_transform", "(Tensor x) -> Tensor")
+torch.library.impl("lipfast::fourier_transform", ("cpu", "cuda"), transform)
+torch.library.register_fake("lipfast::fourier_transform", _transform_fake)
+torch.library.register_autograd(
+    "lipfast::fourier_transform",
+    lambda ctx, grad: torch.ops.lipfast.fourier_inverse(grad, *ctx.map_size),
+    setup_context=_save_map_size,
+)
+
+torch.library.define("lipfast::fourier_inverse", "(Tensor x_hat, SymInt h, SymInt w) -> Tensor")
+torch.library.impl(
+    "lipfast::fourier_inverse",
+    ("cpu", "cuda"),
+    lambda x_hat, h, w: inverse(x_hat.contiguous(), h, w),
+)
+torch.library.register_fake(
+    "lipfast::fourier_inverse", lambda x_hat, h, w: x_hat.new_empty(*x_hat.shape[2:], h, w)
+)
+torch.library.register_autograd(
+    "lipfast::fourier_inverse",
+    lambda ctx, grad: (torch.ops.lipfast.fourier_transform(grad), None, None),
+)

@@ -1,5 +1,6 @@
 """Row sums of a convolution's Gram operator (Prach and Lampert 2022; Araujo et al. 2023)."""
 
+import functools
 import math
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import gram_bound_cpp, gram_bound_cuda, gram_bound_gemm
-from lipfast.ops.context import is_plain, no_second_derivative, without_autocast
+from lipfast.ops.context import is_plain, torch_gradients, without_autocast
 from lipfast.reference.gram_bound import gram_bound as reference_gram_bound
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -26,9 +27,9 @@ def gram_bound(
     For any q > 0, diag(r) - G is positive semi-definite, so that a convolution with `weight`
     scaled by r^(-1/2) along `axis` has spectral norm at most 1. The derivative with respect to
     weight and q takes the signs of G as constants, and 0 where G is 0; it needs one byte per offset
-    and pair of channels, and cannot be differentiated again (except with backend "reference").
-    Products follow torch's setting for TF32 in float32 matrix products on CUDA. Two calls give
-    the same bits. Derivation and rounding: docs/math/gram_bound.md.
+    and pair of channels; under `create_graph=True` it is torch's derivative of the reference.
+    Products follow torch's setting for TF32 in float32 matrix products on CUDA. Two calls give the
+    same bits. Derivation and rounding: docs/math/gram_bound.md.
 
     Args:
         weight: (out, in / groups, kh, kw) or (out, in / groups), or several in (batch, ...);
@@ -46,7 +47,6 @@ def gram_bound(
         TypeError: weight or q is no tensor or has another dtype.
         ValueError: a shape, device, axis or number of groups does not fit, or the backend cannot
             run; the error says why.
-        NotImplementedError: the derivative is differentiated.
 
     Source: Prach, Lampert, "Almost-orthogonal layers for efficient general-purpose Lipschitz
     networks", ECCV 2022, theorem 2; Araujo et al., ICLR 2023, theorem 3.
@@ -246,9 +246,19 @@ def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def
     if grad is None:
         return None, None, None, None, None
     weight, q, r, signs = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *_differentiable(grad, weight, q, *ctx.options), None, None, None
     op = torch.ops.lipfast.gram_bound_backward
     grad_weight, grad_q = op(grad, weight, q, r, signs, *ctx.options)
     return grad_weight, None if q is None else grad_q, None, None, None
+
+
+def _differentiable(
+    grad: Tensor, weight: Tensor, q: Tensor | None, axis: str, groups: int, _: str
+) -> tuple[Tensor | None, ...]:
+    function = functools.partial(_published, axis=axis, groups=groups)
+    with without_autocast(weight):
+        return torch_gradients(function, (weight, q), grad)
 
 
 class _Eager(torch.autograd.Function):
@@ -263,8 +273,10 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        op = torch.ops.lipfast.gram_bound_backward if torch.is_grad_enabled() else _backward
-        grad_weight, grad_q = op(grad, *ctx.saved_tensors, *ctx.options)
+        weight, q, r, signs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_differentiable(grad, weight, q, *ctx.options), None, None, None
+        grad_weight, grad_q = _backward(grad, weight, q, r, signs, *ctx.options)
         return grad_weight, grad_q if ctx.needs_input_grad[1] else None, None, None, None
 
 
@@ -283,4 +295,3 @@ torch.library.define(
 )
 torch.library.impl("lipfast::gram_bound_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::gram_bound_backward", _backward_fake)
-torch.library.register_autograd("lipfast::gram_bound_backward", no_second_derivative("gram_bound"))

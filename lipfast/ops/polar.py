@@ -1,6 +1,7 @@
 """Polar factors of batches of matrices, by minimax polynomials with an implicit derivative."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -65,7 +66,7 @@ def polar(
     sigma_min(V) / nu is at least 0.2, 0.07, 0.02, 0.003, 0.0005 for the schedules in the order
     below, with nu = ||V V^H V V^H||_F^(1/4) or less, between the norm of V and m^(1/4) times it.
     A zero matrix gives zeros and a finite gradient, one with NaN or Inf gives NaN. The derivative
-    cannot be differentiated again, except with backend "reference". Float32 products follow
+    can be differentiated again. Float32 products follow
     PyTorch's settings for TF32 and bfloat16, those of the last step excepted. Two calls give the
     same bits. Derivation and accuracy: docs/math/polar.md.
 
@@ -74,7 +75,8 @@ def polar(
             which are computed in float32.
         planar: `matrix` and W are real, (..., 2, m, n), with the real and the imaginary part of
             complex matrices; the layout in which complex matrices are fastest.
-        ridge: number or tensor without axes, >= 0, a constant for the derivative.
+        ridge: number, or tensor that broadcasts with the batch dimensions (...), >= 0; a constant
+            for the derivative.
         schedule: "55n", "535nn", "5355nn", "55555nn" or "555555nn", minimax steps of degree 5 and 3
             and contracting steps, 8, 12, 15, 19 or 22 matrix products. The last two are for
             products in full float32. In float64, contracting steps are added.
@@ -98,7 +100,6 @@ def polar(
     Raises:
         TypeError: matrix or ridge is no tensor (or number) or has another dtype.
         ValueError: another argument does not fit, or the backend cannot run; the error says why.
-        NotImplementedError: the derivative is differentiated.
 
     Source: Xu, Li, Li, "LOT: layer-wise orthogonal training", NeurIPS 2022, algorithm 1; Bjorck,
     Bowie, SIAM J. Numer. Anal. 8 (1971).
@@ -138,7 +139,7 @@ def _check(
             f"polar: matrix must have the shape {'(..., 2, m, n)' if planar else '(..., m, n)'}, "
             f"got {tuple(matrix.shape)}"
         )
-    _check_ridge(ridge, matrix)
+    _check_ridge(ridge, matrix, matrix.shape[: -3 if planar else -2])
     if form == "bjorck" and (isinstance(ridge, Tensor) or ridge != 0):
         raise ValueError(f"polar: ridge must be 0 with form 'bjorck', got {ridge!r}")
     for name, value, choices in (
@@ -152,12 +153,15 @@ def _check(
         raise ValueError(f"polar: steps must be a positive int or None, got {steps!r}")
 
 
-def _check_ridge(ridge: float | Tensor, matrix: Tensor) -> None:
+def _check_ridge(ridge: float | Tensor, matrix: Tensor, batch: Sequence[int]) -> None:
     if isinstance(ridge, Tensor):
-        if ridge.dim() or ridge.is_complex():
+        sizes = zip(reversed(ridge.shape), reversed(batch), strict=False)
+        fits = ridge.dim() <= len(batch) and all(a in (1, b) for a, b in sizes)
+        if not fits or ridge.is_complex():
             raise ValueError(
-                "polar: ridge must be a real number or a real tensor without axes, got a tensor "
-                f"of shape {tuple(ridge.shape)} and dtype {ridge.dtype}"
+                "polar: ridge must be a real number or a real tensor that broadcasts with the "
+                f"batch {tuple(batch)}, got a tensor of shape {tuple(ridge.shape)} and dtype "
+                f"{ridge.dtype}"
             )
         if ridge.device != matrix.device:
             raise ValueError(
@@ -228,10 +232,14 @@ def _with_ridge(wide: Tensor, ridge: float | Tensor) -> Tensor:
     """Append sqrt(ridge) I: V V^H + ridge I is the Gram matrix of these rows."""
     if not isinstance(ridge, Tensor) and ridge == 0:
         return wide
-    root = ridge.detach().to(wide.dtype).sqrt() if isinstance(ridge, Tensor) else math.sqrt(ridge)
+    if isinstance(ridge, Tensor):
+        root = ridge.detach().to(wide.dtype).sqrt()
+    else:
+        root = wide.new_full((), math.sqrt(ridge))
     rows = wide.shape[-2]
-    columns = wide.new_zeros(wide.shape[-3], rows, rows)
-    columns[0] = torch.eye(rows, dtype=wide.dtype, device=wide.device) * root
+    columns = wide.new_zeros(*root.shape, wide.shape[-3], rows, rows)
+    identity = torch.eye(rows, dtype=wide.dtype, device=wide.device)
+    columns[..., 0, :, :] = identity * root[..., None, None]
     return torch.cat([wide, columns.expand(*wide.shape[:-1], rows)], dim=-1)
 
 
@@ -243,6 +251,8 @@ def _published(
         return torch.stack([w.real, w.imag], dim=-3), residual
     scaled, scale = reference.unit_scale(matrix, dim=(-2, -1))
     if form == "newton":
+        if isinstance(ridge, Tensor):
+            ridge = ridge[..., None, None]
         w = reference.polar(scaled, ridge=ridge / scale**2)
     else:
         norm = reference.schatten_bound(scaled.detach())

@@ -17,7 +17,7 @@ from lipfast.ops.polar_schedules import Step
 _BLOCK_BYTES = 1 << 18
 # Added to the polar factor H = (x x^H)^(1/2) where w has not converged, as a share of the root mean
 # square singular value: conjugate gradients then meet a positive definite H whatever x is.
-_SHIFT = 0.1
+SHIFT = 0.1
 
 
 def polar_forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def _in_blocks(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) ->
 
 def _forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
     planes = x.shape[1]
-    stack, gram, square, _, _ = _normalised(x)
+    stack, gram, square, _, _ = normalised(x)
     (a, b, c), *steps, last = schedule
     left = _left(gram.mul_(b).add_(square, alpha=c), planes)
     stack = torch.baddbmm(stack, left, stack, beta=a)
@@ -70,7 +70,7 @@ def _forward(x: Tensor, schedule: tuple[Step, ...]) -> tuple[Tensor, Tensor]:
     return _last_step(stack, planes, last)
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """X = x / (scale nu), S = X X^H and S^2 as stacks, nu and scale (B, 1, 1).
 
     scale is the largest entry of x, and with G = x x^H / scale^2
@@ -112,8 +112,8 @@ def _implicit(grad: Tensor, x: Tensor, w: Tensor, steps: int) -> Tensor:
     scale, size = _largest(x), _largest(grad)
     x, grad = (t.view(batch, planes * m, n) / s for t, s in ((x, scale), (grad, size)))
     w = w.view(batch, planes * m, n)
-    shift = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) * (_SHIFT / m**0.5)
-    shift = shift.clamp_min(_SHIFT / m**0.5)  # as if x were not 0
+    shift = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) * (SHIFT / m**0.5)
+    shift = shift.clamp_min(SHIFT / m**0.5)  # as if x were not 0
     polar = _product_with_adjoint(x - shift * w, w, planes)
     polar = _plus_adjoint(polar, planes).mul_(0.5)
     polar[:, :m].diagonal(dim1=1, dim2=2).add_(shift[:, :, 0])
@@ -155,7 +155,7 @@ def _conjugate_gradients(operator: Callable[[Tensor], Tensor], right: Tensor, st
 def _tangent(grad: Tensor, x: Tensor, schedule: tuple[Step, ...]) -> Tensor:
     """Push (X, D) through the schedule, D = grad at the start; the normaliser is a constant."""
     batch, planes, m, n = x.shape
-    stack, gram, square, norm, scale = _normalised(x)
+    stack, gram, square, norm, scale = normalised(x)
     tangent = grad.view(stack.shape) / norm
     for number, (a, b, c) in enumerate(schedule):
         if number:

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipfast.ops import polar_gemm
+from lipfast.ops import polar_again, polar_gemm
 from lipfast.ops.context import (
     inside_transforms,
     is_plain,
-    no_second_derivative,
     without_autocast,
 )
 from lipfast.ops.polar_schedules import coefficients
@@ -91,8 +90,18 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     if grad is None:
         return None, None, None, None, None
+    if torch.is_grad_enabled():
+        return _differentiable(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
     grad_x = torch.ops.lipfast.polar_backward(grad, *ctx.saved_tensors, *ctx.options)
     return grad_x, None, None, None, None
+
+
+def _differentiable(grad: Tensor, x: Tensor, w: Tensor | None, schedule: str, *_: Any) -> Tensor:
+    """`_backward` by differentiable operations, with a direct solution for w."""
+    with without_autocast(x):
+        if w is not None:
+            return polar_again.implicit(grad, x, w)
+        return polar_again.unrolled(grad, x, coefficients(schedule, x.dtype == torch.float64))
 
 
 class _Eager(torch.autograd.Function):
@@ -108,8 +117,9 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         if grad is None:
             return None, None, None, None, None
-        op = torch.ops.lipfast.polar_backward if torch.is_grad_enabled() else _backward
-        return op(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+        if torch.is_grad_enabled():
+            return _gradient(ctx, grad, None)
+        return _backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 torch.library.define(
@@ -127,4 +137,3 @@ torch.library.define(
 )
 torch.library.impl("lipfast::polar_backward", ("cpu", "cuda"), _backward)
 torch.library.register_fake("lipfast::polar_backward", _backward_fake)
-torch.library.register_autograd("lipfast::polar_backward", no_second_derivative("polar"))

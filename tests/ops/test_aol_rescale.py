@@ -133,13 +133,26 @@ def test_gradcheck(shape, groups):
     assert torch.autograd.gradcheck(function, (weight, r))
 
 
-def test_second_derivative_is_refused():
-    weight, r = draw((3, 4, 3, 3))
-    (first,) = torch.autograd.grad(aol_rescale(weight, r).sum(), weight, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference' can be"):
-        first.sum().backward()
-    reference = lambda w, rows: aol_rescale(w, rows, backend="reference")  # noqa: E731
-    assert torch.autograd.gradgradcheck(reference, (weight, r))
+@pytest.mark.parametrize(("shape", "groups"), SHAPES[:4])
+@pytest.mark.parametrize("registered", [False, True])
+def test_second_derivative(shape, groups, registered):
+    weight, r = draw(shape, groups)
+
+    def function(w, rows):
+        if registered:
+            return torch.ops.lipfast.aol_rescale(w, rows, groups, w.dtype, False, "torch")
+        return aol_rescale(w, rows, groups=groups)
+
+    assert torch.autograd.gradgradcheck(function, (weight, r))
+    plain = torch.autograd.grad(function(weight, r).sum(), (weight, r))
+    again = torch.autograd.grad(function(weight, r).sum(), (weight, r), create_graph=True)
+    torch.testing.assert_close(again, plain)
+
+
+def test_a_second_derivative_does_not_count_r_of_the_weight_twice():
+    weight, _ = draw((3, 4))
+    function = lambda w: aol_rescale(w, 1 + w.square().sum(dim=0))  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, weight)
 
 
 @pytest.mark.parametrize("backend", [CPP, "torch"])

@@ -73,12 +73,27 @@ def test_gradcheck(backend, shape, kind):
         assert torch.autograd.gradcheck(lambda m: cayley(m, backend=backend), matrix)
 
 
-def test_second_derivative_is_refused():
-    matrix, _ = draw((3, 3), "real")
-    (first,) = torch.autograd.grad(cayley(matrix).sum(), matrix, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference' can be"):
-        first.square().sum().backward()
-    assert torch.autograd.gradgradcheck(lambda m: cayley(m, backend="reference"), matrix)
+@pytest.mark.parametrize("shape", [(3, 3), (4, 2), (2, 4), (2, 3, 3)])
+@pytest.mark.parametrize("kind", ["real", "planar"])
+@pytest.mark.parametrize("registered", [False, True])
+def test_second_derivative(shape, kind, registered):
+    matrix, _ = draw(shape, kind)
+    planar = kind == "planar"
+    if planar:
+        matrix = split(matrix)
+    matrix = matrix.detach().requires_grad_()
+
+    def function(m):
+        return (
+            torch.ops.lipfast.cayley(m, planar, "torch") if registered else cayley(m, planar=planar)
+        )
+
+    assert torch.autograd.gradgradcheck(function, matrix)
+    plain, again = (
+        torch.autograd.grad(function(matrix).cos().sum(), matrix, create_graph=graph)[0]
+        for graph in (False, True)
+    )
+    torch.testing.assert_close(again, plain)
 
 
 def defect(matrix: Tensor) -> float:

@@ -202,12 +202,31 @@ def test_gradcheck(padding_mode):
         assert torch.autograd.gradcheck(norm, kernel.requires_grad_(), rtol=1e-5)
 
 
-def test_second_derivative_is_refused():
-    kernel, vector = draw((3, 3, 3, 3), (4, 4))
-    norm, _ = conv_norm(kernel.requires_grad_(), vector, "zeros")
-    (first,) = torch.autograd.grad(norm, kernel, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference' can be"):
-        first.sum().backward()
+@pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
+@pytest.mark.parametrize("shape", [(3, 2, 3, 3), (2, 2, 3, 3, 3)])
+def test_second_derivative_at_a_fixed_vector(padding_mode, shape):
+    kernel, vector = draw(shape, (4, 4))
+    norm, new = conv_norm(kernel.requires_grad_(), vector, padding_mode)
+    (plain,) = torch.autograd.grad(norm.square().sum(), kernel, retain_graph=True)
+    (first,) = torch.autograd.grad(norm.square().sum(), kernel, create_graph=True)
+    torch.testing.assert_close(first, plain)
+    direction = torch.randn_like(kernel)
+    (ours,) = torch.autograd.grad((first * direction).sum(), kernel)
+
+    def squares(kernel: Tensor) -> Tensor:
+        """|W v|^2 for every kernel, at v = `new`."""
+        pad = (1, 1, 1, 1)
+        mode = "constant" if padding_mode == "zeros" else "circular"
+        padded = torch.nn.functional.pad(new, pad, mode=mode)
+        kernels = kernel if kernel.dim() == 5 else kernel[None]
+        pairs = zip(padded, kernels, strict=True)
+        images = [torch.nn.functional.conv2d(v[None], k).square().sum() for v, k in pairs]
+        return torch.stack(images).sum()
+
+    (expected,) = torch.autograd.grad(squares(kernel), kernel, create_graph=True)
+    torch.testing.assert_close(first, expected)
+    (expected,) = torch.autograd.grad((expected * direction).sum(), kernel)
+    torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -147,14 +147,14 @@ def test_values_without_a_norm(method, backend):
     assert conv_norm_bound(torch.zeros(0, 2, 3, 3), method=method) == 0
 
 
-def test_second_derivative_is_refused():
-    kernel = draw((3, 3, 3, 3)).requires_grad_()
-    (first,) = torch.autograd.grad(conv_norm_bound(kernel), kernel, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference' can be"):
-        first.sum().backward()
-    bound = conv_norm_bound(kernel, backend="reference")
-    (first,) = torch.autograd.grad(bound, kernel, create_graph=True)
-    assert torch.autograd.grad(first.sum(), kernel)[0].isfinite().all()
+@pytest.mark.parametrize("method", ["unfolding", "frequency", "gram"])
+def test_second_derivative(method):
+    kernel = draw((3, 2, 3, 3)).requires_grad_()
+    function = lambda k: conv_norm_bound(k, method=method)  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, kernel, fast_mode=True)
+    (plain,) = torch.autograd.grad(function(kernel), kernel)
+    (again,) = torch.autograd.grad(function(kernel), kernel, create_graph=True)
+    torch.testing.assert_close(again, plain)
 
 
 @pytest.mark.parametrize("planar", [False, True])

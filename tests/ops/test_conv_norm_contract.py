@@ -65,11 +65,11 @@ def test_training_step_is_one_graph(dynamic):
         )
 
 
-def test_saves_two_vectors():
+def test_saves_two_vectors_and_the_norm():
     kernel, vector = draw(6, 5, 3, 3)
     with saved_tensors() as saved:
         conv_norm(kernel, vector, "zeros")
-    assert sorted(t.numel() for t in saved) == [5 * 20, 6 * 20]
+    assert sorted(t.numel() for t in saved) == [1, 5 * 20, 6 * 20]
 
 
 def test_is_deterministic():

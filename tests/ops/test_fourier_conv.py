@@ -120,16 +120,21 @@ def test_gradcheck(map_size, method):
     assert torch.autograd.gradcheck(function, (x, spectrum))
 
 
-def test_second_derivative_is_refused():
-    x, _, _ = draw((4, 4))
-    spectrum = any_spectrum((4, 4))
-    y = fourier_conv(x, spectrum, backend="torch")
-    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference' can be"):
-        first.square().sum().backward()
-    y = fourier_conv(x, spectrum, backend="reference")
-    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    first.square().sum().backward()
+@pytest.mark.parametrize("registered", [False, True])
+def test_second_derivative(method, registered):
+    x, _, _ = draw((3, 4), batch=1, channels=(2, 3))
+    spectrum = any_spectrum((3, 4), (2, 3))
+
+    def function(x: Tensor, spectrum: Tensor) -> Tensor:
+        if registered:
+            return torch.ops.lipfast.fourier_conv(x, spectrum, "torch")[0]
+        return fourier_conv(x, spectrum, backend="torch")
+
+    assert torch.autograd.gradgradcheck(function, (x, spectrum))
+    loss = lambda: function(x, spectrum).square().sum()  # noqa: E731
+    plain = torch.autograd.grad(loss(), (x, spectrum))
+    again = torch.autograd.grad(loss(), (x, spectrum), create_graph=True)
+    torch.testing.assert_close(again, plain)
 
 
 def relative_error(values: list[Tensor], exact: list[Tensor]) -> float:

@@ -37,6 +37,8 @@ def test_registration(h, w):
     torch.library.opcheck(OPS.fourier_conv.default, (x, spectrum, "torch"))
     y, x_hat = (t.detach() for t in OPS.fourier_conv(x, spectrum, "torch"))
     torch.library.opcheck(OPS.fourier_conv_backward.default, (y, x_hat, spectrum.detach(), "torch"))
+    torch.library.opcheck(OPS.fourier_transform.default, (x,))
+    torch.library.opcheck(OPS.fourier_inverse.default, (x_hat.requires_grad_(), h, w))
 
 
 def step(x: Tensor, kernel: Tensor) -> Tensor:

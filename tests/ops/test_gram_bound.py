@@ -214,11 +214,22 @@ def test_gradient_of_one_input_only():
     assert torch.equal(only_q, both[1])
 
 
-def test_second_derivative_is_refused():
-    weight, q, _ = draw((3, 4, 3, 3), "in")
-    (first,) = torch.autograd.grad(gram_bound(weight, q).sum(), weight, create_graph=True)
-    with pytest.raises(NotImplementedError, match="backend='reference' can be"):
-        first.sum().backward()
+@pytest.mark.parametrize("axis", ["in", "out"])
+@pytest.mark.parametrize("registered", [False, True])
+def test_second_derivative(axis, registered):
+    weight, q, grad = draw((2, 3, 3, 3), axis)
+
+    def function(weight, q):
+        if registered:
+            return torch.ops.lipfast.gram_bound(weight, q, axis, 1, "torch")[0]
+        return gram_bound(weight, q, axis=axis)
+
+    assert torch.autograd.gradgradcheck(function, (weight, q), fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda w: function(w, q.detach()), weight, fast_mode=True)
+    r = function(weight, q)
+    plain = torch.autograd.grad(r, (weight, q), grad, retain_graph=True)
+    again = torch.autograd.grad(r, (weight, q), grad, create_graph=True)
+    torch.testing.assert_close(again, plain)
 
 
 @pytest.mark.gpu
