@@ -20,12 +20,13 @@ def kernel_spectrum(kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
     apply. Derivation: docs/math/fourier_conv.md.
 
     Args:
-        kernel: (out, in, kh, kw), float64, float32, bfloat16 or float16; kh and kw at least 1.
+        kernel: (out, in, kh, kw), or several in (batch, ...); float64, float32, bfloat16 or
+            float16; kh and kw at least 1.
         map_size: (h, w), at least 1.
 
     Returns:
-        (h (w // 2 + 1), 2, out, in), real parts before imaginary parts; float64 for a kernel in
-        float64, else float32.
+        (h (w // 2 + 1), 2, out, in), or (batch, ...), real parts before imaginary parts; float64
+        for a kernel in float64, else float32.
 
     Raises:
         TypeError: kernel is no tensor or has another dtype.
@@ -40,8 +41,12 @@ def kernel_spectrum(kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
     h, w = map_size
     if not is_transformed(kernel):
         return torch.ops.lipfast.kernel_spectrum(kernel, h, w)
-    spectrum = reference_spectrum(kernel, (h, w))
-    return torch.stack([spectrum.real, spectrum.imag], dim=1)
+    kernels = kernel.flatten(0, -4)  # the transform does not mix output channels
+    spectrum = reference_spectrum(kernels, (h, w))
+    planes = torch.stack([spectrum.real, spectrum.imag], dim=1)
+    if kernel.dim() == 4:
+        return planes
+    return planes.unflatten(2, kernel.shape[:2]).movedim(2, 0)
 
 
 def _check(kernel: Tensor, map_size: tuple[int, int]) -> None:
@@ -54,10 +59,10 @@ def _check(kernel: Tensor, map_size: tuple[int, int]) -> None:
         raise TypeError(
             f"kernel_spectrum: the dtype of kernel must be one of {expected}, got {kernel.dtype}"
         )
-    if kernel.dim() != 4 or 0 in kernel.shape[2:]:
+    if kernel.dim() not in (4, 5) or 0 in kernel.shape[-2:]:
         raise ValueError(
             "kernel_spectrum: kernel must have the shape (out, in, kh, kw) with kh and kw at least "
-            f"1, got {tuple(kernel.shape)}"
+            f"1, with or without a batch dimension before it, got {tuple(kernel.shape)}"
         )
     sizes = (int, torch.SymInt)
     if len(map_size) != 2 or not all(isinstance(n, sizes) and n >= 1 for n in map_size):
@@ -67,19 +72,19 @@ def _check(kernel: Tensor, map_size: tuple[int, int]) -> None:
 
 
 def _forward(kernel: Tensor, h: int, w: int) -> Tensor:
-    out_channels, in_channels, kh, kw = kernel.shape
+    *batch, out_channels, in_channels, kh, kw = kernel.shape
     table = _table(kh, kw, h, w, kernel.dtype, kernel.device)
     with without_autocast(kernel):
-        spectrum = table @ kernel.reshape(out_channels * in_channels, kh * kw).T
-    return spectrum.view(h * (w // 2 + 1), 2, out_channels, in_channels)
+        spectrum = table @ kernel.reshape(*batch, out_channels * in_channels, kh * kw).mT
+    return spectrum.view(*batch, h * (w // 2 + 1), 2, out_channels, in_channels)
 
 
 def _adjoint(grad: Tensor, kh: int, kw: int, h: int, w: int) -> Tensor:
-    _, _, out_channels, in_channels = grad.shape
+    *batch, _, _, out_channels, in_channels = grad.shape
     table = _table(kh, kw, h, w, grad.dtype, grad.device)
     with without_autocast(grad):
-        taps = grad.reshape(len(table), out_channels * in_channels).T @ table
-    return taps.view(out_channels, in_channels, kh, kw)
+        taps = grad.reshape(*batch, len(table), out_channels * in_channels).mT @ table
+    return taps.view(*batch, out_channels, in_channels, kh, kw)
 
 
 @cached_table
@@ -96,16 +101,18 @@ def _positions(taps: int) -> range:
 
 
 def _forward_fake(kernel: Tensor, h: int, w: int) -> Tensor:
-    return kernel.new_empty(h * (w // 2 + 1), 2, kernel.shape[0], kernel.shape[1])
+    *batch, out_channels, in_channels, _, _ = kernel.shape
+    return kernel.new_empty(*batch, h * (w // 2 + 1), 2, out_channels, in_channels)
 
 
 def _adjoint_fake(grad: Tensor, kh: int, kw: int, h: int, w: int) -> Tensor:
-    return grad.new_empty(grad.shape[2], grad.shape[3], kh, kw)
+    *batch, _, _, out_channels, in_channels = grad.shape
+    return grad.new_empty(*batch, out_channels, in_channels, kh, kw)
 
 
 def _save_sizes(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     kernel, *map_size = inputs
-    ctx.sizes = (*kernel.shape[2:], *map_size)
+    ctx.sizes = (*kernel.shape[-2:], *map_size)
 
 
 def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]

@@ -76,26 +76,25 @@ def unfolding_bound(kernel: Tensor, *, skew: bool = False, squarings: int = 5) -
     size, with each unfolding's norm bounded by `schatten_bound` instead of power iteration.
 
     Args:
-        kernel: (out, in, kh, kw).
+        kernel: (out, in, kh, kw), or several in (batch, ...).
         skew: the convolution is skew-symmetric: the unfoldings then have equal norms in pairs and
             two suffice.
         squarings: see `schatten_bound`.
 
     Returns:
-        Tensor without axes.
+        Tensor without axes, or (batch,).
     """
-    out_channels, in_channels, kh, kw = kernel.shape
-    unfoldings = [
-        kernel.reshape(out_channels, -1),
-        kernel.permute(0, 2, 1, 3).reshape(out_channels * kh, in_channels * kw),
-    ]
+    kh, kw = kernel.shape[-2:]
+    rows_down = kernel.transpose(-3, -2)  # (out, kh, in, kw)
+    unfoldings = [kernel.flatten(-3), rows_down.flatten(-4, -3).flatten(-2)]
     if not skew:
-        unfoldings.append(kernel.permute(0, 2, 3, 1).reshape(-1, in_channels))
-        unfoldings.append(kernel.permute(0, 3, 1, 2).reshape(out_channels * kw, in_channels * kh))
+        columns_down = kernel.movedim(-1, -3)  # (out, kw, in, kh)
+        unfoldings.append(kernel.movedim(-3, -1).flatten(-4, -2))
+        unfoldings.append(columns_down.flatten(-4, -3).flatten(-2))
     if kh == kw == 1:
         return schatten_bound(unfoldings[0], squarings=squarings)
     norms = [schatten_bound(unfolding, squarings=squarings) for unfolding in unfoldings]
-    return math.sqrt(kh * kw) * torch.stack(norms).amin()
+    return math.sqrt(kh * kw) * torch.stack(norms).amin(dim=0)
 
 
 def torus_bound(

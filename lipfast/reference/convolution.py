@@ -46,8 +46,8 @@ def conv2d_same_adjoint(y: Tensor, kernel: Tensor, padding_mode: str) -> Tensor:
 
 
 def transpose_kernel(kernel: Tensor) -> Tensor:
-    """Return the kernel (in, out, kh, kw) whose convolution is the adjoint of `kernel`'s."""
-    return kernel.transpose(0, 1).flip(2, 3)
+    """Return the kernel (..., in, out, kh, kw) whose convolution is the adjoint of `kernel`'s."""
+    return kernel.transpose(-4, -3).flip(-2, -1)
 
 
 def circular_pad(x: Tensor, ph: int, pw: int) -> Tensor:

@@ -13,7 +13,7 @@ _SPECTRUM_ENTRIES = 1 << 24  # of the transfer matrices held at once
 
 
 def skew_kernel(weight: Tensor) -> Tensor:
-    """Return the kernel of (M - M^T) / 2, M the convolution with `weight` (c, c, kh, kw)."""
+    """Return the kernel of (M - M^T) / 2, M the convolution with `weight` (..., c, c, kh, kw)."""
     return 0.5 * (weight - transpose_kernel(weight))
 
 
@@ -65,43 +65,48 @@ def skew_power_iteration(kernel: Tensor, vectors: Tensor, side: int) -> tuple[Te
     happens only far from convergence.
 
     Args:
-        kernel: (c, c, k, k) with L^T = -L.
-        vectors: (2, side * (side // 2 + 1), c), real and imaginary parts, of any length; where
-            they are 0 or not finite a fixed one takes their place. No gradient flows into them.
+        kernel: (c, c, k, k) with L^T = -L, or several in (batch, ...).
+        vectors: (2, side * (side // 2 + 1), c), real and imaginary parts, of any length, or
+            (batch, ...); where they are 0 or not finite a fixed one takes their place. No gradient
+            flows into them.
         side: pixels per axis, k < side, or 1 for a 1x1 kernel.
 
     Returns:
-        The estimate, differentiable with respect to the kernel, and vectors of length 1.
+        The estimate, without axes or (batch,), differentiable with respect to the kernel, and
+        vectors of length 1.
     """
     vectors = vectors.detach()
     waves = frequency_table(kernel, (side, side))
     with torch.no_grad():
         vectors = _unit_vectors(vectors)
         images = _transform(kernel, vectors, waves)
-        norms = images.norm(dim=(0, 2))
-        moved = images / norms[:, None]
-        following = torch.where((norms > 0)[:, None], moved, vectors)
-        largest = norms.argmax().reshape(1)
-    image = _transform(kernel, vectors.index_select(1, largest), waves.index_select(0, largest))
-    return torch.maximum(image.norm(), kernel.norm() / math.sqrt(kernel.shape[0])), following
+        norms = images.norm(dim=(-3, -1))[..., None, :, None]
+        following = torch.where(norms > 0, images / norms, vectors)
+        largest = norms.argmax(dim=-2, keepdim=True)
+        vector = torch.take_along_dim(vectors, largest, dim=-2)
+        wave = waves.index_select(0, largest.flatten()).view(*largest.shape[:-3], 1, -1)
+    estimate = torch.linalg.vector_norm(_transform(kernel, vector, wave), dim=(-3, -2, -1))
+    length = torch.linalg.vector_norm(kernel, dim=(-4, -3, -2, -1))
+    return torch.maximum(estimate, length / math.sqrt(kernel.shape[-3])), following
 
 
 def _unit_vectors(vectors: Tensor) -> Tensor:
-    lengths = vectors.norm(dim=(0, 2))[:, None]
-    fixed = torch.arange(vectors.shape[2], device=vectors.device).to(vectors.dtype).cos()
+    lengths = vectors.norm(dim=(-3, -1))[..., None, :, None]
+    fixed = torch.arange(vectors.shape[-1], device=vectors.device).to(vectors.dtype).cos()
     fixed = fixed / (fixed.norm() * math.sqrt(2))
     return torch.where((lengths > 0) & lengths.isfinite(), vectors / lengths, fixed)
 
 
 def _transform(kernel: Tensor, vectors: Tensor, waves: Tensor) -> Tensor:
-    """Multiply a vector (2, F, c) per frequency by the transfer matrix, tap by tap."""
-    c = kernel.shape[0]
-    taps = kernel.permute(2, 3, 0, 1).reshape(-1, c)
-    products = (taps @ vectors.reshape(-1, c).T).reshape(waves.shape[1], c, 2, -1)
-    cos, sin = waves.real.T[:, None], waves.imag.T[:, None]  # (k k, 1, F)
-    real, imaginary = products[:, :, 0], products[:, :, 1]
+    """Multiply a vector (..., 2, F, c) per frequency by the transfer matrix, tap by tap."""
+    c = kernel.shape[-3]
+    taps = kernel.movedim((-2, -1), (-4, -3)).flatten(-4, -2)
+    products = taps @ vectors.flatten(-3, -2).mT  # (..., k k c, 2 F)
+    products = products.unflatten(-2, (-1, c)).unflatten(-1, (2, -1))
+    cos, sin = (part.mT[..., None, :] for part in (waves.real, waves.imag))  # (..., k k, 1, F)
+    real, imaginary = products[..., 0, :], products[..., 1, :]
     parts = (cos * real - sin * imaginary, cos * imaginary + sin * real)
-    return torch.stack([part.sum(dim=0).T for part in parts])
+    return torch.stack([part.sum(dim=-3).mT for part in parts], dim=-3)
 
 
 def skew_norm_bound(kernel: Tensor, side: int) -> tuple[Tensor, Tensor]:
