@@ -1,4 +1,4 @@
-"""The `lipfast` command: info, train, certify, compare, scaling."""
+"""The `lipfast` command: info, train, certify, compare, advise, scaling."""
 
 from __future__ import annotations
 
@@ -259,6 +259,7 @@ def compare(
         raise typer.Exit(1)
 
 
+app.command()(cli_tools.advise)
 app.command()(cli_tools.scaling)
 
 

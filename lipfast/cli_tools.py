@@ -1,4 +1,4 @@
-"""Commands that measure layers and choose among them: scaling."""
+"""Commands that measure layers and choose among them: advise, scaling."""
 
 from __future__ import annotations
 
@@ -12,6 +12,56 @@ from lipfast.console import console, user_errors
 DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")
 ]
+
+
+def advise(
+    memory: Annotated[str | None, typer.Option(help="Of the device, such as 8GB.")] = None,
+    train_hours: Annotated[float | None, typer.Option(help="Of the whole training run.")] = None,
+    inference_ms: Annotated[float | None, typer.Option(help="Milliseconds per image.")] = None,
+    side: Annotated[
+        int, typer.Option("--map", help="Height and width of the images, a power of two.")
+    ] = 32,
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    images: Annotated[int, typer.Option(help="Of the training set.")] = 50_000,
+    batch_size: Annotated[int, typer.Option(help="Of training.")] = 256,
+    min_epochs: Annotated[int, typer.Option(help="Fewest epochs that count as training.")] = 100,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time each candidate here (takes minutes).")
+    ] = False,
+    device: DeviceOption = None,
+) -> None:
+    """Recommend a method and a network size for a budget, and say what that rests on."""
+    from lipfast.report import advise as module
+    from lipfast.report.advice_table import advice_lines, advice_table
+    from lipfast.report.experiment import available_device
+
+    screen = console()
+    with user_errors():
+        budget = module.Budget(
+            memory_bytes=None if memory is None else module.parse_bytes(memory),
+            train_seconds=None if train_hours is None else 3600 * train_hours,
+            inference_seconds=None if inference_ms is None else inference_ms / 1e3,
+            side=side,
+            classes=classes,
+            images=images,
+            batch_size=batch_size,
+            min_epochs=min_epochs,
+        )
+        advice = module.advise(
+            budget,
+            device=available_device(device),
+            measure=measure,
+            log=lambda line: screen.print(line, soft_wrap=True),
+        )
+    for line in advice_lines(advice, budget):
+        screen.print(line, soft_wrap=True)
+    screen.print()
+    screen.print(advice_table(advice))
+    screen.print()
+    for line in advice.notes:
+        screen.print(line, soft_wrap=True)
+    if not advice.fitting:
+        raise typer.Exit(1)
 
 
 def scaling(

@@ -42,7 +42,10 @@ def test_sizes_beyond_the_limit_are_computed_from_the_last_measured_one(clock):
 
 
 def test_a_curve_is_not_taken_up_again_once_it_has_left_the_limit(clock, monkeypatch):
-    monkeypatch.setattr(module, "_step_seconds", lambda m, c, s, b, d: 1.0 if 4 in (s, c / 2) else None)
+    first = {(8, 8), (32, 4)}
+    monkeypatch.setattr(
+        module, "_step_seconds", lambda m, c, s, *_: 1.0 if (c, s) in first else None
+    )
     found = small()
     assert [p.measured for p in found.curve("aol", "channels")] == [True, False, False]
 
