@@ -1,9 +1,11 @@
-"""What every test may use: GPU tests are skipped without a GPU, and outputs can be poisoned."""
+"""What every test may use: skips without a GPU, poisoned outputs, the committed counts."""
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
+from baseline.compare import check
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,3 +32,10 @@ def poisoned_empty():
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture
+def check_baseline(request) -> Callable[[str, dict[str, dict[str, int]]], None]:
+    """(topic, {entry: counts}): compare with tests/baseline/<topic>.json; see docs/baseline.md."""
+    recorder = request.config.pluginmanager.get_plugin("baseline-recorder")
+    return check if recorder is None else recorder.record

@@ -2,21 +2,16 @@
 
 import ctypes
 import math
-import os
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import needs_nvcc, nvcc_resources
 from torch import Tensor
 
 from lipfast.ops import aol_rescale
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = 8  # csrc/aol_rescale.h: kAolRescaleRows
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +84,11 @@ def test_casts_special_values_as_torch_does(library):
         torch.testing.assert_close(out, weight.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+@needs_nvcc
 @pytest.mark.parametrize("arch", [80, 90])
-def test_nvcc_compiles_without_spills(arch, tmp_path):
-    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v"]
-    command += ["-o", str(tmp_path / "aol_rescale.cubin"), str(ROOT / "csrc" / "aol_rescale.cu")]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = report.count("Compiling entry function")
-    assert kernels == 2 * 2 * 4  # (forward, backward) x (float32, float64) x dtypes
-    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-    assert report.count(clean) == kernels
+def test_nvcc_compiles_without_spills(arch, tmp_path, check_baseline):
+    kernels = nvcc_resources("aol_rescale", arch, tmp_path / "aol_rescale.cubin")
+    assert len(kernels) == 2 * 2 * 4  # (forward, backward) x (float32, float64) x dtypes
+    for taken in kernels.values():
+        assert taken["stack"] == taken["spill_stores"] == taken["spill_loads"] == 0
+    check_baseline("cuda", {f"{name} sm_{arch}": taken for name, taken in kernels.items()})

@@ -2,21 +2,15 @@
 
 import ctypes
 import math
-import os
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import needs_nvcc, nvcc_resources
 from torch import Tensor
 
 from lipfast.reference.gram_bound import gram_bound as published
 
-ROOT = Path(__file__).resolve().parents[2]
 TILE = 64  # csrc/gram_bound.h: kGramBoundTile
-NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +82,13 @@ def test_zeros_have_no_sign(library):
     assert partial.sum(dim=(1, 2, 3))[0, 2] == 0
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+@needs_nvcc
 @pytest.mark.parametrize("arch", [80, 90])
-def test_nvcc_compiles_without_spills(arch, tmp_path):
-    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v"]
-    command += ["-o", str(tmp_path / "gram_bound.cubin"), str(ROOT / "csrc" / "gram_bound.cu")]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = report.count("Compiling entry function")
-    assert kernels == 2 * 2  # (forward, backward) x (float32, float64)
-    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-    assert report.count(clean) == kernels
-    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 255
-    shared = max(map(int, re.findall(r"(\d+) bytes smem", report)))
-    assert shared <= 48 * 1024
+def test_nvcc_compiles_without_spills(arch, tmp_path, check_baseline):
+    kernels = nvcc_resources("gram_bound", arch, tmp_path / "gram_bound.cubin")
+    assert len(kernels) == 2 * 2  # (forward, backward) x (float32, float64)
+    for taken in kernels.values():
+        assert taken["stack"] == taken["spill_stores"] == taken["spill_loads"] == 0
+        assert taken["registers"] <= 255
+        assert taken["shared"] <= 48 * 1024
+    check_baseline("cuda", {f"{name} sm_{arch}": taken for name, taken in kernels.items()})

@@ -2,22 +2,16 @@
 
 import ctypes
 import math
-import os
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import needs_nvcc, nvcc_resources
 from maxmin_definition import definition
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[2]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # csrc/maxmin.h: DType
 SHAPES = [(2, 4), (3, 7), (5, 1), (1, 2, 1), (2, 3, 5), (3, 6, 3, 5), (2, 5, 4, 4), (2, 4, 33, 31)]
 SHAPES += [(2, 64, 16, 16), (2, 9, 8, 8), (3, 6, 7, 1)]
-NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +76,12 @@ def test_barriers_and_shared_memory(library):
     assert torch.equal(out.view(3, 64), numbers.view(3, 64).roll(-1, dims=1))
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+@needs_nvcc
 @pytest.mark.parametrize("arch", [80, 90])
-def test_nvcc_compiles_without_spills(arch, tmp_path):
-    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v"]
-    command += ["-o", str(tmp_path / "maxmin.cubin"), str(ROOT / "csrc" / "maxmin.cu")]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = report.count("Compiling entry function")
-    assert kernels == 2 * 4 + 2 * 3  # (aligned or not) x (dtypes forward, sizes backward)
-    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-    assert report.count(clean) == kernels
-    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 64
+def test_nvcc_compiles_without_spills(arch, tmp_path, check_baseline):
+    kernels = nvcc_resources("maxmin", arch, tmp_path / "maxmin.cubin")
+    assert len(kernels) == 2 * 4 + 2 * 3  # (aligned or not) x (dtypes forward, sizes backward)
+    for taken in kernels.values():
+        assert taken["stack"] == taken["spill_stores"] == taken["spill_loads"] == 0
+        assert taken["registers"] <= 64
+    check_baseline("cuda", {f"{name} sm_{arch}": taken for name, taken in kernels.items()})

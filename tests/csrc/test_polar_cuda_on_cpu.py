@@ -2,19 +2,12 @@
 
 import ctypes
 import math
-import os
-import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import polar_truth as truth
 import pytest
 import torch
+from compiled_kernels import needs_nvcc, nvcc_resources
 from torch import Tensor
-
-ROOT = Path(__file__).resolve().parents[2]
-NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 @pytest.fixture(scope="module")
@@ -196,14 +189,12 @@ def test_reasons_and_bad_sizes():
         extension.PolarParams(**(addresses | {"w": 0}), **sizes)
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
-def test_nvcc_compiles_without_spills(tmp_path):
-    command = [NVCC, "-std=c++17", "-O3", "-cubin", "-arch=sm_90", "-Xptxas=-v"]
-    command += ["--expt-relaxed-constexpr"]  # as in CMakeLists.txt
-    command += ["-o", str(tmp_path / "polar.cubin"), str(ROOT / "csrc" / "polar.cu")]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = report.count("Compiling entry function")
-    assert kernels == 2 * 2 * 3  # (forward, backward) x (real, complex) x (1, 2, 4 a thread)
-    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-    assert report.count(clean) == kernels
-    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 255
+@needs_nvcc
+def test_nvcc_compiles_without_spills(tmp_path, check_baseline):
+    option = "--expt-relaxed-constexpr"  # as in CMakeLists.txt
+    kernels = nvcc_resources("polar", 90, tmp_path / "polar.cubin", option)
+    assert len(kernels) == 2 * 2 * 3  # (forward, backward) x (real, complex) x (1, 2, 4 a thread)
+    for taken in kernels.values():
+        assert taken["stack"] == taken["spill_stores"] == taken["spill_loads"] == 0
+        assert taken["registers"] <= 255
+    check_baseline("cuda", {f"{name} sm_90": taken for name, taken in kernels.items()})

@@ -2,9 +2,7 @@
 
 import ctypes
 import math
-import os
 import re
-import shutil
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,14 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from compiled_kernels import NVCC, ROOT, TENSOR_CORE, needs_nvcc, nvcc_resources
 from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import skew_exp_cuda
 from lipfast.reference import conv2d_same, skew_kernel
 
-ROOT = Path(__file__).resolve().parents[2]
-NVCC = shutil.which(os.environ.get("CUDACXX", "nvcc")) or shutil.which("/usr/local/cuda/bin/nvcc")
 RATIOS = (0.95, 0.475, 0.3, 0.19)
 A0 = 0.9
 
@@ -212,29 +209,24 @@ def test_refuses_without_a_gpu_and_what_does_not_fit(monkeypatch, tf32):
     assert skew_exp_cuda.can_run(x, 4, torch.float32) is None
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+@needs_nvcc
 @pytest.mark.parametrize("arch", [80, 90])
-def test_nvcc_compiles_without_spills(arch, tmp_path):
-    command = [NVCC, "-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v"]
-    command += ["-o", str(tmp_path / "skew_exp.cubin"), str(ROOT / "csrc" / "skew_exp.cu")]
-    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = report.count("Compiling entry function")
-    assert kernels == 2 * 4  # (forward, backward) x (float64, float32, TF32, bfloat16)
-    clean = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-    assert report.count(clean) == kernels
-    assert max(map(int, re.findall(r"Used (\d+) registers", report))) <= 128  # 512 threads
-    command = [
-        str(Path(NVCC).parent / "cuobjdump"),
-        "--dump-sass",
-        str(tmp_path / "skew_exp.cubin"),
-    ]
-    if Path(command[0]).exists():
+def test_nvcc_compiles_without_spills(arch, tmp_path, check_baseline):
+    kernels = nvcc_resources("skew_exp", arch, tmp_path / "skew_exp.cubin")
+    assert len(kernels) == 2 * 4  # (forward, backward) x (float64, float32, TF32, bfloat16)
+    for taken in kernels.values():
+        assert taken["stack"] == taken["spill_stores"] == taken["spill_loads"] == 0
+        assert taken["registers"] <= 128  # 512 threads
+    check_baseline("cuda", {f"{name} sm_{arch}": taken for name, taken in kernels.items()})
+    cuobjdump = Path(NVCC).parent / "cuobjdump"
+    if cuobjdump.exists():
+        command = [str(cuobjdump), "--dump-sass", str(tmp_path / "skew_exp.cubin")]
         code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        assert re.search(r"\bHMMA\S*TF32", code)
-        assert re.search(r"\bHMMA\S*BF16", code)
+        assert re.search(TENSOR_CORE["tf32"][80], code)
+        assert re.search(TENSOR_CORE["bf16"][80], code)
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc was not found")
+@needs_nvcc
 def test_nvcc_compiles_for_gpus_without_these_tensor_cores(tmp_path):
     known = subprocess.run([NVCC, "--list-gpu-arch"], check=True, capture_output=True, text=True)
     if "compute_75" not in known.stdout:

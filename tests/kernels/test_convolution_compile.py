@@ -1,26 +1,22 @@
 """The implicit-GEMM convolution, compiled for each GPU generation without a GPU."""
 
-import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
+from compiled_kernels import (
+    ANY_TENSOR_CORE,
+    SHARED_LIMIT,
+    TENSOR_CORE,
+    compile_kernel,
+    machine_code,
+    needs_triton,
+    resources,
 )
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TENSOR_CORE = {
-    "tf32": {80: r"\bHMMA\S*TF32", 90: r"\bHGMMA\S*TF32", 100: r"\bUTC\w*MMA"},
-    "bf16": {80: r"\bHMMA\S*BF16", 90: r"\bHGMMA\S*BF16", 100: r"\bUTC\w*MMA"},
-}
+pytest.importorskip("triton")
+pytestmark = needs_triton
+
 # operands, epilogue, channels, positions, padding: each class of shapes, each epilogue
 CASES = [
     ("tf32", "sum", 16, 1 << 18, "zeros"),
@@ -37,7 +33,7 @@ CASES = [
 SIZES = ["positions", "height", "width", "depth", "channels"]
 
 
-def compile_kernel(
+def compile_as_launched(
     operands: str, epilogue: str, channels: int, positions: int, padding: str, arch: int, ones=()
 ):
     """Compile with the launcher's hints, and the sizes in `ones` specialised to 1."""
@@ -55,7 +51,7 @@ def compile_kernel(
     divisible = [*types] + (["depth", "channels"] if channels % 16 == 0 else [])
     types |= dict.fromkeys(SIZES, "i32")
     types |= dict.fromkeys(["alpha", "beta", "gamma"], "fp32")
-    values = {
+    constants = {
         "KH": 3,
         "KW": 3,
         "CIRCULAR": padding == "circular",
@@ -69,43 +65,33 @@ def compile_kernel(
         "DEPTH": depth,
         "PRECISION": precision,
     }
-    values |= dict.fromkeys(ones, 1)
-    types |= dict.fromkeys(values, "constexpr")
-    names = [parameter.name for parameter in kernels.convolution_kernel.params]
-    source = ASTSource(
-        fn=kernels.convolution_kernel,
-        signature={name: types[name] for name in names},
-        constexprs={(names.index(key),): value for key, value in values.items()},
-        attrs={
-            (names.index(key),): [["tt.divisibility", 16]] for key in divisible if key not in ones
-        },
+    return compile_kernel(
+        kernels.convolution_kernel,
+        types,
+        constants,
+        arch,
+        divisible=divisible,
+        ones=ones,
+        num_warps=warps,
+        num_stages=3,
     )
-    options = {"num_warps": warps, "num_stages": 3}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-
-
-def dump(cubin: bytes, folder: Path, option: str) -> str:
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    command = [str(TOOLS / "cuobjdump"), option, str(file)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_compiles_without_spills(case, arch, tmp_path):
-    compiled = compile_kernel(*case, arch)
-    usage = dump(compiled.asm["cubin"], tmp_path, "-res-usage")
-    sizes = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert sizes["STACK"] == 0
-    assert sizes["LOCAL"] == 0
-    assert compiled.metadata.shared <= 163 * 1024  # of a block on sm_80, the least of the three
-    code = dump(compiled.asm["cubin"], tmp_path, "--dump-sass")
+def test_compiles_without_spills(case, arch, check_baseline):
+    compiled = compile_as_launched(*case, arch)
+    code = machine_code(compiled)
+    taken = resources(compiled, code)
+    assert taken["stack"] == taken["local"] == 0
+    assert taken["shared"] <= SHARED_LIMIT
     operands = case[0]
     if operands == "ieee":  # no tensor core multiplies float32 exactly
-        assert not re.search(r"\b(H|HG|UTC\w*)MMA\b", code)
+        assert not re.search(ANY_TENSOR_CORE, code)
     else:
         assert re.search(TENSOR_CORE[operands][arch], code)
+    entry = " ".join(["convolution_kernel", *map(str, case), f"sm_{arch}"])
+    check_baseline("kernels", {entry: taken})
 
 
 @pytest.mark.parametrize(
@@ -121,20 +107,20 @@ def test_compiles_without_spills(case, arch, tmp_path):
 def test_sizes_of_one_compile(epilogue, padding, ones):
     """Triton takes integer arguments equal to 1 for constants of the compiler."""
     channels = 1 if "channels" in ones else 24
-    assert compile_kernel("ieee", epilogue, channels, 1 << 10, padding, 90, ones).asm["cubin"]
+    assert compile_as_launched("ieee", epilogue, channels, 1 << 10, padding, 90, ones).asm["cubin"]
 
 
 @pytest.mark.parametrize("size", ["i32", "constexpr"])
-def test_mask_packing_compiles_without_spills(size, tmp_path):
+def test_mask_packing_compiles_without_spills(size, check_baseline):
     from lipfast.kernels import convolution as kernels
 
-    values = {3: kernels._BLOCK} | ({2: 1} if size == "constexpr" else {})
-    source = ASTSource(
-        fn=kernels.pack_signs_kernel,
-        signature={"values": "*bf16", "mask": "*u8", "size": size, "BLOCK": "constexpr"},
-        constexprs={(index,): value for index, value in values.items()},
+    compiled = compile_kernel(
+        kernels.pack_signs_kernel,
+        {"values": "*bf16", "mask": "*u8", "size": "i32"},
+        {"BLOCK": kernels._BLOCK},
+        90,
+        ones=["size"] if size == "constexpr" else [],
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    usage = dump(compiled.asm["cubin"], tmp_path, "-res-usage")
-    sizes = {key: int(value) for key, value in re.findall(r"(STACK|LOCAL):(\d+)", usage)}
-    assert sizes == {"STACK": 0, "LOCAL": 0}
+    taken = resources(compiled)
+    assert taken["stack"] == taken["local"] == 0
+    check_baseline("kernels", {f"pack_signs_kernel {size} sm_90": taken})

@@ -1,23 +1,20 @@
 """The Triton kernels of the polar factor, compiled for each GPU generation without a GPU."""
 
-import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
-
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels are not compiled"
+from compiled_kernels import (
+    ANY_TENSOR_CORE,
+    SHARED_LIMIT,
+    TENSOR_CORE,
+    compile_kernel,
+    machine_code,
+    needs_triton,
+    resources,
 )
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TENSOR_CORE = {80: r"\bHMMA\S*TF32", 90: r"\bHGMMA\S*TF32", 100: r"\bUTC\w*MMA"}
-ANY_TENSOR_CORE = r"\b(H|HG|UTC\w*)MMA\b"
+pytest.importorskip("triton")
+pytestmark = needs_triton
 
 # product: (kernel, its constants but for those of the tile)
 PRODUCTS = {
@@ -53,42 +50,30 @@ SIZES = {
 DIVISIBLE = {"rows", "depth", "columns", "size"}  # by 16, at the paper's widths
 
 
-def compile_kernel(name: str, arch: int, constants: dict, warps: int, stages: int, ones=()):
+def compile_as_launched(name: str, arch: int, constants: dict, warps: int, stages: int, ones=()):
     """Compile with the launcher's hints, and the sizes in `ones` specialised to 1."""
     from lipfast.kernels import polar, polar_adjoint, polar_multiply
 
     module = next(m for m in (polar, polar_adjoint, polar_multiply) if hasattr(m, name))
-    fn = getattr(module, name)
-    sizes = SIZES[name]
-    kinds = dict.fromkeys(POINTERS[name], "*fp32") | dict.fromkeys(sizes, "i32")
-    constants = constants | dict.fromkeys(ones, 1)
-    kinds |= dict.fromkeys(constants, "constexpr")
-    signature = {key: kinds.get(key, "fp32") for key in fn.arg_names}
-    place = {key: (index,) for index, key in enumerate(signature)}
-    hints = [*POINTERS[name], *(key for key in sizes if key in DIVISIBLE and key not in ones)]
-    source = ASTSource(
-        fn=fn,
-        signature=signature,
-        constexprs={place[key]: value for key, value in constants.items()},
-        attrs={place[key]: [["tt.divisibility", 16]] for key in hints},
+    kernel = getattr(module, name)
+    pointers, sizes = POINTERS[name], SIZES[name]
+    types = dict.fromkeys(kernel.arg_names, "fp32") | dict.fromkeys(sizes, "i32")
+    return compile_kernel(
+        kernel,
+        types | dict.fromkeys(pointers, "*fp32"),
+        constants,
+        arch,
+        divisible=[*pointers, *(key for key in sizes if key in DIVISIBLE)],
+        ones=ones,
+        num_warps=warps,
+        num_stages=stages,
     )
-    options = {"num_warps": warps, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def dump(cubin: bytes, folder: Path, option: str) -> str:
-    file = folder / "kernel.cubin"
-    file.write_bytes(cubin)
-    command = [str(TOOLS / "cuobjdump"), option, str(file)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def check_resources(compiled, folder: Path) -> None:
-    usage = dump(compiled.asm["cubin"], folder, "-res-usage")
-    sizes = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert sizes["STACK"] <= 16  # a few addresses, kept there during the loop
-    assert sizes["LOCAL"] == 0
-    assert compiled.metadata.shared <= 163 * 1024  # of a block on sm_80, the least of the three
+def check_limits(taken: dict[str, int]) -> None:
+    assert taken["stack"] <= 16  # a few addresses, kept there during the loop
+    assert taken["local"] == 0
+    assert taken["shared"] <= SHARED_LIMIT
 
 
 # product, planes, rows, precision, architectures
@@ -111,21 +96,23 @@ CASES = [
     ("product", "planes", "rows", "precision", "arch"),
     [(*case, arch) for *case, archs in CASES for arch in archs],
 )
-def test_products_compile_without_spills(product, planes, rows, precision, arch, tmp_path):
+def test_products_compile_without_spills(product, planes, rows, precision, arch, check_baseline):
     from lipfast.kernels.polar_multiply import DEPTH, STAGES, tile_size, warps
 
     name, constants = PRODUCTS[product]
     tile = tile_size(rows, planes, precision, arch // 10)
     constants = constants | {"PLANES": planes, "TILE": tile, "DEPTH": DEPTH}
     constants["PRECISION"] = precision
-    compiled = compile_kernel(name, arch, constants, warps(tile), STAGES)
-    check_resources(compiled, tmp_path)
-    code = dump(compiled.asm["cubin"], tmp_path, "--dump-sass")
+    compiled = compile_as_launched(name, arch, constants, warps(tile), STAGES)
+    code = machine_code(compiled)
+    taken = resources(compiled, code)
+    check_limits(taken)
     if precision == "ieee":
         assert not re.search(ANY_TENSOR_CORE, code)  # none multiplies float32 exactly
     else:
         # a tile of 32 x 32 is too small for the instructions of whole warp groups
-        assert re.search(TENSOR_CORE[80] if tile == 32 else TENSOR_CORE[arch], code)
+        assert re.search(TENSOR_CORE["tf32"][80 if tile == 32 else arch], code)
+    check_baseline("kernels", {f"{name} {product} {planes}x{rows} {precision} sm_{arch}": taken})
 
 
 @pytest.mark.parametrize(
@@ -137,8 +124,11 @@ def test_products_compile_without_spills(product, planes, rows, precision, arch,
         ("polar_update_kernel", {"FIRST": False, "LAST": False, "TILES": 64, "BLOCK": 1024}),
     ],
 )
-def test_other_kernels_compile_without_spills(name, constants, tmp_path):
-    check_resources(compile_kernel(name, 90, constants, 8, 3), tmp_path)
+def test_other_kernels_compile_without_spills(name, constants, check_baseline):
+    taken = resources(compile_as_launched(name, 90, constants, 8, 3))
+    check_limits(taken)
+    entry = " ".join([name, *("first" for first in [constants.get("FIRST")] if first), "sm_90"])
+    check_baseline("kernels", {entry: taken})
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -152,4 +142,4 @@ def test_sizes_of_one_compile(name):
         "polar_normaliser_kernel": {"BLOCK": 1},
         "polar_update_kernel": {"FIRST": False, "LAST": True, "TILES": 1, "BLOCK": 1024},
     }
-    compile_kernel(name, 90, constants[name], 4, 3, ones=SIZES[name])
+    compile_as_launched(name, 90, constants[name], 4, 3, ones=SIZES[name])

@@ -1,0 +1,123 @@
+"""What layers, the network and ops cost, counted as on a GPU and compared with costs.json."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lipfast import backends, ops
+from lipfast.models import ConvNet
+from lipfast.nn import METHODS
+from lipfast.nn.base import LipschitzModule, SoundWeights
+from lipfast.reference import skew_kernel
+
+from baseline.costs import count, count_step  # isort: skip
+
+MAP = (4, 32, 16, 16)  # n, c, h, w
+KERNEL = (32, 32, 3, 3)
+LAYERS = {
+    f"{method} {kind}": (getattr(METHODS[method], kind), arguments, x)
+    for method in METHODS
+    for kind, arguments, x in [("conv", (32, 32, 3), MAP), ("linear", (64, 32), (16, 64))]
+}
+
+# op: (shapes of the tensors, the other arguments)
+OPS = {
+    "aol_rescale": ([KERNEL, (32,)], ()),
+    "block_conv": ([(32, 32), (4, 32, 16)], ()),
+    "cayley": ([(24, 48, 32)], ()),
+    "conv_norm": ([KERNEL, (1, *MAP[1:])], ("zeros",)),
+    "conv_norm_bound": ([KERNEL], ()),
+    "fourier_conv": ([MAP, (16 * 9, 2, 32, 32)], ()),
+    "gram_bound": ([KERNEL], ()),
+    "polar": ([(24, 48, 32)], ()),
+    "residual_conv": ([MAP, KERNEL, (32,), (32,)], ("zeros",)),
+    "skew_exp": ([MAP, KERNEL], ((1.0, 1.0, 0.5, 0.17), "zeros")),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Let the layers take the path of a GPU, with plain torch for the ops and maxmin's saved bits.
+
+    On a GPU batches are not cut to fit a cache, and training does not read parameters back.
+    """
+    rules = {
+        op: (backends._Rule("cpu", 0, ("cpp",) if op == "maxmin" else ("torch",)),)
+        for op in backends._FASTEST
+    }
+    check_finite = LipschitzModule._check_finite
+
+    def only_where_on_device(self: LipschitzModule, *, on_device: bool) -> None:
+        if on_device:
+            check_finite(self, on_device=True)
+
+    monkeypatch.setattr(backends, "_FASTEST", rules)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 << 20)
+    monkeypatch.setattr(LipschitzModule, "_check_finite", only_where_on_device)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer(name, check_baseline):
+    layer_type, arguments, shape = LAYERS[name]
+    layer = layer_type(*arguments)
+    x = torch.randn(shape, requires_grad=True)
+    known = [x, *layer.parameters()]
+    size = shape[2:] or (1, 1)
+    counts = {
+        f"{name}, training step": count_step(lambda: layer(x), known),
+        f"{name}, training weights": count_step(lambda: layer.training_weights(size), known),
+    }
+    layer.eval()
+    counts[f"{name}, sound weights"] = count(lambda: layer.lipschitz_bound(size))
+    with torch.no_grad():
+        counts[f"{name}, inference"] = count(lambda: layer(x))
+    check_baseline("costs", counts)
+
+
+@pytest.mark.skipif(backends.extension() is None, reason="lipfast._C is not built")
+@pytest.mark.parametrize("method", METHODS)
+def test_network(method, check_baseline, monkeypatch):
+    network = ConvNet(method, "XS")
+    x = torch.randn(1, 3, 32, 32, requires_grad=True)
+    step = count_step(lambda: network(x), [x, *network.parameters()])
+
+    # Weights with a proof take long, and run as any others do.
+    monkeypatch.setattr(LipschitzModule, "_build_sound", training_weights_in_place)
+    network.eval()
+    with torch.no_grad():
+        first = count(lambda: network(x))
+        inference = count(lambda: network(x))
+    weights = {name: first[name] - inference[name] for name in first}
+    name = f"{method} ConvNet XS"
+    check_baseline(
+        "costs",
+        {
+            f"{name}, training step": step,
+            f"{name}, training weights without backward": weights,
+            f"{name}, inference": inference,
+        },
+    )
+
+
+def training_weights_in_place(layer: LipschitzModule, size: tuple[int, int]) -> SoundWeights:
+    return SoundWeights(layer._training_weights(size), torch.ones(()))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("op", OPS)
+def test_op(op, backend, check_baseline):
+    shapes, rest = OPS[op]
+    tensors = [torch.rand(shape) for shape in shapes]
+    if op == "skew_exp":
+        tensors[1] = skew_kernel(tensors[1])
+
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+
+    def forward() -> Tensor | tuple[Tensor, ...]:
+        return getattr(ops, op)(*leaves, *rest, backend=backend)
+
+    step = count_step(forward, leaves)
+    with torch.no_grad():
+        counts = {f"{op} {backend}, training step": step, f"{op} {backend}": count(forward)}
+    check_baseline("costs", counts)
