@@ -46,8 +46,13 @@ class KernelModule(LipschitzModule):
         (kernel,) = self._sound(self._map_size(input_size)).weights
         return (kernel.flatten(1) if self._linear else kernel).clone()
 
-    def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
-        return plain_kernel(self, weights[0], self.bias)
+    def _plain(
+        self,
+        weights: tuple[Tensor, ...],
+        map_size: tuple[int, int],
+        channels: tuple[int, int] | None = None,
+    ) -> nn.Module:
+        return plain_kernel(self, *kept_channels(weights[0], self.bias, channels))
 
 
 def as_kernel(weight: Tensor) -> Tensor:
@@ -91,6 +96,16 @@ def sound_backend(weight: Tensor) -> str:
     """The backend that builds the weights of evaluation mode, in float64 on any device."""
     published = backends.forced() == "reference" or is_transformed(weight)
     return "reference" if published else "torch"
+
+
+def kept_channels(
+    kernel: Tensor, bias: Tensor | None, channels: tuple[int, int] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the kernel and bias for the first `channels` of the inputs and of the outputs."""
+    if channels is None:
+        return kernel, bias
+    inputs, outputs = channels
+    return kernel[:outputs, :inputs], None if bias is None else bias[:outputs]
 
 
 def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -> nn.Module:

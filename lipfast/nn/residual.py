@@ -52,9 +52,15 @@ class ResidualModule(LipschitzModule):
         y = ops.residual_conv(x, kernel, bias, scale, self.padding_mode)
         return y[:, : self.out_channels]
 
-    def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
+    def _plain(
+        self,
+        weights: tuple[Tensor, ...],
+        map_size: tuple[int, int],
+        channels: tuple[int, int] | None = None,
+    ) -> nn.Module:
         only = map_size if self._depends_on_map_size else None
-        return fx.symbolic_trace(_PlainResidual(self, only, *weights))
+        kept = channels or (self._inner_channels, self.out_channels)
+        return fx.symbolic_trace(_PlainResidual(self, only, kept, *weights))
 
 
 class _CPL(ResidualModule):
@@ -205,28 +211,34 @@ class _PlainResidual(nn.Module):
         self,
         module: LipschitzModule,
         map_size: tuple[int, int] | None,
+        channels: tuple[int, int],
         kernel: Tensor,
         bias: Tensor,
         t: Tensor,
     ) -> None:
         super().__init__()
         self.map_size = map_size
+        inputs, self.outputs = channels
+        width = max(inputs, self.outputs)
         scaled = -kernel * (t if t.dim() == 0 else t[:, None, None, None])
-        self.first = plain_kernel(module, kernel, bias)
+        second = reference.transpose_kernel(scaled)
+        self.first = plain_kernel(module, kernel[:, :inputs], bias)
         self.relu = nn.ReLU()
-        self.second = plain_kernel(module, reference.transpose_kernel(scaled), None)
-        missing = kernel.shape[1] - module._inner_channels
+        self.second = plain_kernel(module, second[: self.outputs], None)
         self.dim = -1 if module._linear else -3
+        missing = width - inputs
         self.padding = (*(0,) * (-2 * self.dim - 1), missing) if missing else None
-        self.out_channels = module.out_channels
+        self.cropped = width > self.outputs
 
     def forward(self, x: Tensor) -> Tensor:
         if self.map_size is not None:  # t is that of these maps
             assert_map_size(x, self.map_size)
+        y = self.second(self.relu(self.first(x)))
         if self.padding is not None:
             x = F.pad(x, self.padding)
-        y = x + self.second(self.relu(self.first(x)))
-        return y.narrow(self.dim, 0, self.out_channels)
+        if self.cropped:
+            x = x.narrow(self.dim, 0, self.outputs)
+        return x + y
 
 
 def match_channels(x: Tensor, channels: int) -> Tensor:

@@ -11,7 +11,7 @@ from lipfast import ops, reference
 from lipfast.ops.context import inside_transforms
 
 from .base import LipschitzModule, SoundWeights
-from .kernel import as_kernel, plain_kernel
+from .kernel import as_kernel, kept_channels, plain_kernel
 from .layers import LipschitzConv2d, LipschitzLinear, positive_int
 from .residual import match_channels
 
@@ -161,10 +161,16 @@ class _SOC(LipschitzModule):
         (kernel,) = self._sound(self._map_size(input_size)).weights
         return (kernel.flatten(1) if self._linear else kernel).clone()
 
-    def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
+    def _plain(
+        self,
+        weights: tuple[Tensor, ...],
+        map_size: tuple[int, int],
+        channels: tuple[int, int] | None = None,
+    ) -> nn.Module:
         if self.kernel_size == (1, 1):
-            return plain_kernel(self, weights[0], self.bias)
-        return fx.symbolic_trace(_PlainSkewExp(self, weights[0]))
+            return plain_kernel(self, *kept_channels(weights[0], self.bias, channels))
+        kept = channels or (self._inner_channels, self.out_channels)
+        return fx.symbolic_trace(_PlainSkewExp(self, weights[0], kept))
 
     def extra_repr(self) -> str:
         names = ("series", "terms", "eval_terms", "norm", "save")
@@ -217,13 +223,14 @@ class _PlainSkewExp(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, module: _SOC, kernel: Tensor) -> None:
+    def __init__(self, module: _SOC, kernel: Tensor, channels: tuple[int, int]) -> None:
         super().__init__()
+        inputs, self.outputs = channels
         self.conv = plain_kernel(module, kernel, None)
-        self.outputs = module.out_channels
-        self.extra = kernel.shape[0] - module._inner_channels
+        self.extra = kernel.shape[0] - inputs
+        self.cropped = self.outputs < kernel.shape[0]
         self.coefficients = module._eval_coefficients
-        bias = kernel.new_zeros(1) if module.bias is None else module.bias.detach()
+        bias = kernel.new_zeros(1) if module.bias is None else module.bias[: self.outputs].detach()
         self.register_buffer("bias", bias[:, None, None].clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -232,7 +239,9 @@ class _PlainSkewExp(nn.Module):
         z = x
         for k in range(len(self.coefficients) - 1, 0, -1):
             z = x + self.conv(z) * (self.coefficients[k] / self.coefficients[k - 1])
-        return self.coefficients[0] * z[..., : self.outputs, :, :] + self.bias
+        if self.cropped:
+            z = z.narrow(-3, 0, self.outputs)
+        return self.coefficients[0] * z + self.bias
 
 
 def _one_of(argument: str, value: str, choices: tuple[str, ...], name: str) -> str:

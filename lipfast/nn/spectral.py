@@ -2,12 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lipfast import ops, reference
 
 from .base import SoundWeights
-from .kernel import KernelModule, as_kernel, assert_map_size, plain_kernel, sound_backend
+from .kernel import KernelModule, as_kernel, sound_backend
+from .plain_fourier import plain_fourier
 
 
 class SpectralModule(KernelModule):
@@ -103,34 +104,15 @@ class SpectralModule(KernelModule):
         columns = (w // 2 - torch.arange(w, device=taps.device)) % w
         return taps[..., rows, :][..., columns]
 
-    def _plain(self, weights: tuple[Tensor, ...], map_size: tuple[int, int]) -> nn.Module:
+    def _plain(
+        self,
+        weights: tuple[Tensor, ...],
+        map_size: tuple[int, int],
+        channels: tuple[int, int] | None = None,
+    ) -> nn.Module:
         if not self._depends_on_map_size:
-            return plain_kernel(self, weights[0], self.bias)
-        return fx.symbolic_trace(_PlainFourier(self, weights[0], map_size))
-
-
-class _PlainFourier(nn.Module):
-    """Traced into a module of torch operations; the map size is that of the spectrum."""
-
-    spectrum: Tensor
-    bias: Tensor
-
-    def __init__(self, module: SpectralModule, spectrum: Tensor, map_size: tuple[int, int]) -> None:
-        super().__init__()
-        self.padding, self.dtype = module._padding(), spectrum.dtype
-        h, w = module._grid(map_size)
-        spectrum = torch.complex(*spectrum.unbind(1)).unflatten(0, (h, w // 2 + 1))
-        self.register_buffer("spectrum", spectrum)
-        self.map_size, self.size = map_size, (h, w)
-        bias = module.weight.new_zeros(1) if module.bias is None else module.bias
-        bias = bias.detach()
-        self.register_buffer("bias", bias[:, None, None].clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert_map_size(x, self.map_size)
-        ph, pw = self.padding
-        h, w = self.size
-        x_hat = torch.fft.rfft2(F.pad(x, (pw, pw, ph, ph)).to(self.dtype))
-        y_hat = torch.einsum("hwoi,...ihw->...ohw", self.spectrum, x_hat)
-        y = torch.fft.irfft2(y_hat, s=(h, w))
-        return y[..., ph : h - ph, pw : w - pw].to(x.dtype) + self.bias
+            return super()._plain(weights, map_size, channels)
+        inputs, outputs = channels or (self._inner_channels, self.out_channels)
+        spectrum = weights[0][:, :, :outputs, :inputs]
+        bias = None if self.bias is None else self.bias[:outputs]
+        return plain_fourier(spectrum, bias, map_size, self._padding(), spectrum.dtype)

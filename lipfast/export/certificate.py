@@ -1,0 +1,123 @@
+"""What is proved of an exported network, in a form that travels with it."""
+
+import hashlib
+import json
+import math
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+import lipfast
+from lipfast.certify import lipschitz_bound, lipschitz_bounds
+from lipfast.nn import LipschitzModule
+
+RADIUS = "margin / (sqrt(2) * lipschitz_bound), margin = score of the class - highest other score"
+ROUNDING = (
+    "not covered: the rounding of the forward pass and of constants that the export computes from "
+    "the weights, about 1e-6 relative in float32"
+)
+
+
+class Certificate(TypedDict):
+    """A plain, JSON-able dict: what is proved of a plain network, and how to use it."""
+
+    lipfast_version: str
+    norm: str  # of inputs and outputs: "l2"
+    lipschitz_bound: float | None  # proved, from the input to the scores; None: see `reason`
+    reason: str | None  # why there is no bound
+    layer_bounds: dict[str, float | None]  # proved bound of each layer; None where not finite
+    radius: str  # how a margin becomes a radius, in the units of the network's input
+    rounding: str  # what the bound leaves out
+    input_size: list[int] | None  # without the batch
+    input_normalisation: dict[str, Any] | None  # {"module", "mean", "std"} inside the network
+    weights_sha256: str  # of the state_dict: see `fingerprint`
+
+
+def certify(model: nn.Module, input_size: list[int] | None) -> Certificate:
+    """Return the certificate of a network in evaluation mode, without the weights' hash."""
+    bound, reason = _bound(model)
+    return Certificate(
+        lipfast_version=lipfast.__version__,
+        norm="l2",
+        lipschitz_bound=bound,
+        reason=reason,
+        layer_bounds=_layer_bounds(model),
+        radius=RADIUS,
+        rounding=ROUNDING,
+        input_size=input_size,
+        input_normalisation=_normalisation(model),
+        weights_sha256="",
+    )
+
+
+def check_fingerprint(plain: nn.Module, certificate: Certificate) -> None:
+    """Raise a ValueError where the weights are not those that were certified."""
+    if fingerprint(plain) != certificate["weights_sha256"]:
+        raise ValueError(
+            "model: expected the weights that to_plain returned, got others (trained, loaded or "
+            "cast since then); its certificate does not hold for them"
+        )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of the names, dtypes, shapes and bytes of the state_dict, sorted by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):
+            continue
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(data.numpy().data)
+    return digest.hexdigest()
+
+
+def to_json(certificate: Certificate) -> str:
+    return json.dumps(certificate, indent=1, allow_nan=False)
+
+
+def from_json(text: str) -> Certificate:
+    certificate = json.loads(text)
+    missing = Certificate.__required_keys__ - set(certificate)
+    if missing:
+        raise ValueError(f"certificate: expected the keys {sorted(missing)}, got none of them")
+    return certificate
+
+
+def _bound(model: nn.Module) -> tuple[float | None, str | None]:
+    short = sorted({str(p.dtype) for p in model.parameters() if _is_short(p)})
+    if short:
+        return None, f"parameters in {', '.join(short)}: rounding of such a forward pass is large"
+    try:
+        bound = lipschitz_bound(model)
+    except TypeError as error:
+        return None, str(error).removeprefix("model: ")
+    if not math.isfinite(bound):
+        return None, "the product of the bounds of the layers is not finite"
+    return bound, None
+
+
+def _is_short(parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.dtype.itemsize < 4
+
+
+def _layer_bounds(model: nn.Module) -> dict[str, float | None]:
+    try:
+        bounds = lipschitz_bounds(model)
+    except TypeError:  # some layer has none: those of the others
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LipschitzModule)}
+        bounds = {name: layer.lipschitz_bound() for name, layer in layers.items()}
+    return {name: bound if math.isfinite(bound) else None for name, bound in bounds.items()}
+
+
+def _normalisation(model: nn.Module) -> dict[str, Any] | None:
+    """The first module with a mean and a standard deviation, as torchvision's Normalize has."""
+    for name, module in model.named_modules():
+        mean, std = (getattr(module, key, None) for key in ("mean", "std"))
+        if mean is not None and std is not None and not callable(mean) and not callable(std):
+            values = {"mean": mean, "std": std}
+            return {"module": name} | {
+                key: torch.as_tensor(value).double().flatten().tolist()
+                for key, value in values.items()
+            }
+    return None
