@@ -1,4 +1,4 @@
-"""The `lipfast` command: info, train, certify, compare, advise, scaling."""
+"""The `lipfast` command: info, train, certify, search, compare, advise, scaling."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lipfast import cli_tools
+from lipfast import cli_compare, cli_tools
+from lipfast.cli_options import (
+    DataOption,
+    DeviceOption,
+    EpochsOption,
+    RootOption,
+    SeedOption,
+    SizeOption,
+)
 from lipfast.console import console as _console
-from lipfast.console import failure, print_error, user_errors
+from lipfast.console import failure, user_errors
 
 if TYPE_CHECKING:
     from lipfast.report.experiment import Experiment
@@ -22,22 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-DataOption = Annotated[
-    str, typer.Option("--data", help="digits, cifar10, cifar100 or tiny-imagenet.")
-]
-RootOption = Annotated[
-    Path | None,
-    typer.Option(help="Folder of the data set. [default: $LIPFAST_DATA, else ./data]"),
-]
-SizeOption = Annotated[
-    str | None, typer.Option(help="Network size XS, S, M or L. [default: the recipe's]")
-]
-EpochsOption = Annotated[int | None, typer.Option(help="[default: the recipe's]")]
-SeedOption = Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")
-]
 
 
 def main() -> None:
@@ -205,60 +197,8 @@ def certify(
             json.write_text(certification_json(found, str(checkpoint), data), encoding="utf-8")
 
 
-@app.command()
-def compare(
-    data: DataOption,
-    out: Annotated[Path, typer.Option(help="Folder of the report and the checkpoints.")],
-    methods: Annotated[str, typer.Option(help="all, or names with commas: aol,soc.")] = "all",
-    data_root: RootOption = None,
-    size: SizeOption = None,
-    epochs: EpochsOption = None,
-    seed: SeedOption = 0,
-    device: DeviceOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what finished in the folder.")
-    ] = False,
-) -> None:
-    """Train, certify and measure several methods; write tables, plots and an HTML page."""
-    from lipfast.nn import METHODS
-    from lipfast.report.compare import plan_comparison
-    from lipfast.report.experiment import available_device
-    from lipfast.report.metrics import bound_text
-    from lipfast.report.tables import failure_lines, terminal_table
-
-    console = _console()
-    names = list(METHODS) if methods == "all" else [m.strip() for m in methods.split(",")]
-    with user_errors():
-        plan = plan_comparison(
-            data,
-            names,
-            out,
-            data_root=data_root,
-            size=size,
-            epochs=epochs,
-            seed=seed,
-            device=available_device(device),
-            resume=resume,
-        )
-    comparison, files = plan.run(
-        progress=console.is_terminal,
-        log=lambda line: console.print(line, soft_wrap=True),
-    )
-    console.print()
-    console.print(terminal_table(comparison))
-    console.print()
-    if comparison.finished:
-        worst = max(comparison.finished, key=lambda r: r.layer_bound_max or 0.0)
-        console.print(f"largest layer bound: {bound_text(worst.layer_bound_max)} ({worst.label})")
-    for file in files:
-        console.print(str(file), soft_wrap=True)
-    failures = failure_lines(comparison)
-    for line in failures:
-        print_error(line)
-    if failures:
-        raise typer.Exit(1)
-
-
+app.command()(cli_compare.compare)
+app.command()(cli_compare.search)
 app.command()(cli_tools.advise)
 app.command()(cli_tools.scaling)
 

@@ -7,11 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lipfast.cli_options import DeviceOption, MethodsOption, method_names
 from lipfast.console import console, user_errors
-
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda where there is one]")
-]
 
 
 def advise(
@@ -66,7 +63,7 @@ def advise(
 
 def scaling(
     out: Annotated[Path, typer.Option(help="Folder of the table and the plot.")],
-    methods: Annotated[str, typer.Option(help="all, or names with commas: aol,soc.")] = "all",
+    methods: MethodsOption = "all",
     batch: Annotated[int, typer.Option(min=1, help="Maps per step.")] = 16,
     seconds: Annotated[
         float, typer.Option(help="Longest training step to measure; beyond it, computed.")
@@ -74,16 +71,14 @@ def scaling(
     device: DeviceOption = None,
 ) -> None:
     """Measure how time and memory of each layer grow with channels and with maps."""
-    from lipfast.nn import METHODS
     from lipfast.report.experiment import available_device
     from lipfast.report.scaling import PLAIN, measure_scaling
     from lipfast.report.scaling_report import write_scaling
 
     screen = console()
-    names = list(METHODS) if methods == "all" else [m.strip() for m in methods.split(",")]
     with user_errors():
         found = measure_scaling(
-            [*names, PLAIN],
+            [*method_names(methods), PLAIN],
             batch=batch,
             seconds_per_step=seconds,
             device=available_device(device),

@@ -12,6 +12,7 @@ from typing import Any
 from lipfast import certify
 from lipfast.data import load
 from lipfast.nn import METHODS
+from lipfast.report.budget import epochs_in
 from lipfast.report.experiment import Experiment, adapted_recipe
 from lipfast.report.machine import machine_description, software_versions
 from lipfast.report.measure import (
@@ -21,6 +22,7 @@ from lipfast.report.measure import (
     training_step_seconds,
 )
 from lipfast.report.results import Comparison, MethodResult
+from lipfast.report.search import load_best
 from lipfast.report.write import RESULTS_FILE, write_report
 from lipfast.training import CHECKPOINT_NAME, train
 
@@ -80,6 +82,8 @@ def plan_comparison(
     seed: int = 0,
     device: str = "cpu",
     resume: bool = False,
+    hours: float | None = None,
+    tuned: Path | str | None = None,
 ) -> ComparisonPlan:
     """Load the data and check everything that can be wrong before anything is trained.
 
@@ -93,6 +97,10 @@ def plan_comparison(
         seed: of weights, order and augmentation.
         device: where to train.
         resume: keep the methods that finished in `out`, and go on where the others stopped.
+        hours: of each training, in place of `epochs`: as many as take that long, by a measurement
+            now; the same as before where `out` is resumed.
+        tuned: folder of a `lipfast.report.search.Search`, whose best runs for this size give
+            learning rate and weight decay; None for the recipes'.
 
     Raises:
         ValueError: unknown data set, method or size; an argument out of range; the folder to
@@ -100,10 +108,17 @@ def plan_comparison(
         FileNotFoundError: the data set is not there.
     """
     out = Path(out)
-    experiments = _experiments(dataset, methods, data_root, size, epochs, seed, device)
-    start = _empty(dataset, seed, device, experiments)
+    if hours is not None and epochs is not None:
+        raise ValueError(f"hours: expected None where epochs are given, got {hours!r}")
+    experiments = _experiments(dataset, methods, data_root, size, epochs, seed, device, tuned)
+    earlier = None
     if resume and (out / RESULTS_FILE).exists():
-        start = _resumed(Comparison.load(out / RESULTS_FILE), start, out)
+        earlier = Comparison.load(out / RESULTS_FILE)
+    if hours is not None:
+        experiments = tuple(_lasting(e, hours, earlier) for e in experiments)
+    start = _empty(dataset, seed, device, experiments, hours)
+    if earlier is not None:
+        start = _resumed(earlier, start, out)
     out.mkdir(parents=True, exist_ok=True)
     return ComparisonPlan(experiments, out, resume, start)
 
@@ -116,6 +131,7 @@ def _experiments(
     epochs: int | None,
     seed: int,
     device: str,
+    tuned: Path | str | None,
 ) -> tuple[Experiment, ...]:
     """One checked experiment per method, in the order of `METHODS`."""
     unknown = [m for m in methods if m not in METHODS]
@@ -124,7 +140,8 @@ def _experiments(
             f"methods: expected some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
         )
     chosen = [m for m in METHODS if m in methods]
-    recipes = {m: adapted_recipe(dataset, m, size=size, epochs=epochs) for m in chosen}
+    found = {m: _tuned(tuned, m, size) for m in chosen}
+    recipes = {m: adapted_recipe(dataset, m, size=size, epochs=epochs, **found[m]) for m in chosen}
     sets = load(dataset, data_root)
     experiments = tuple(Experiment(m, recipes[m], *sets, seed, device) for m in chosen)
     for experiment in experiments:
@@ -133,10 +150,37 @@ def _experiments(
     return experiments
 
 
-def _empty(dataset: str, seed: int, device: str, experiments: Sequence[Experiment]) -> Comparison:
+def _tuned(folder: Path | str | None, method: str, size: str | None) -> dict[str, float]:
+    if folder is None:
+        return {}
+    best = load_best(folder)
+    if (method, size or "") not in best:
+        known = ", ".join(f"{m} {s}" for m, s in best)
+        raise ValueError(
+            f"tuned: expected a finished run of {method} {size} in {folder}, got {known}"
+        )
+    trial = best[method, size or ""]
+    return {"lr": trial.lr, "weight_decay": trial.weight_decay}
+
+
+def _lasting(experiment: Experiment, hours: float, earlier: Comparison | None) -> Experiment:
+    """The experiment with as many epochs as fit, or those of an earlier part of this run."""
+    known = {} if earlier is None else earlier.config["recipes"].get(experiment.method, {})
+    if earlier is not None and earlier.config.get("hours") == hours and "epochs" in known:
+        epochs = known["epochs"]
+    else:
+        epochs = epochs_in(experiment, hours)
+    return replace(experiment, recipe={**experiment.recipe, "epochs": epochs})
+
+
+def _empty(
+    dataset: str, seed: int, device: str, experiments: Sequence[Experiment], hours: float | None
+) -> Comparison:
     recipes: dict[str, dict[str, Any]] = {e.method: {**e.recipe} for e in experiments}
     networks = [recipe.pop("model") for recipe in recipes.values()]
-    config = {"seed": seed, "network": networks[0], "recipes": recipes}
+    config: dict[str, Any] = {"seed": seed, "network": networks[0], "recipes": recipes}
+    if hours is not None:
+        config["hours"] = hours
     return Comparison(
         results=(),
         dataset=dataset,

@@ -16,6 +16,7 @@ import torch
 
 from lipfast import certify
 from lipfast.data import Dataset, load
+from lipfast.models import SIZES
 from lipfast.nn import METHODS
 from lipfast.report.budget import epochs_in
 from lipfast.report.experiment import Experiment, adapted_recipe
@@ -86,6 +87,11 @@ class Search:
             raise ValueError(
                 f"methods: expected some of {', '.join(METHODS)}, "
                 f"got {', '.join(unknown) or 'none'}"
+            )
+        wrong = [size for size in self.sizes if size not in SIZES]
+        if wrong or not self.sizes:
+            raise ValueError(
+                f"sizes: expected some of {', '.join(SIZES)}, got {', '.join(wrong) or 'none'}"
             )
         if self.runs < 1:
             raise ValueError(f"runs: expected an integer >= 1, got {self.runs!r}")

@@ -9,6 +9,7 @@ from lipfast.report.figures import save_figure
 from lipfast.report.html import html_report
 from lipfast.report.radar import radar_figure
 from lipfast.report.results import Comparison
+from lipfast.report.scores import scores_figure
 from lipfast.report.tables import csv_table, markdown_table
 
 RESULTS_FILE = "comparison.json"
@@ -17,8 +18,8 @@ RESULTS_FILE = "comparison.json"
 def write_report(comparison: Comparison, folder: Path | str) -> list[Path]:
     """Write data, tables, plots and the HTML page of a comparison, and return their paths.
 
-    The folder then holds comparison.json, table.md, table.csv, radar.png, radar.svg, bars.png,
-    bars.svg and report.html; everything but the first can be drawn again from the first.
+    The folder then holds comparison.json, table.md, table.csv, radar, scores and bars as .png and
+    .svg, and report.html; everything but the first can be drawn again from the first.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,6 +33,7 @@ def write_report(comparison: Comparison, folder: Path | str) -> list[Path]:
         (folder / name).write_text(text, encoding="utf-8")
     plots = [
         *save_figure(radar_figure(comparison), folder / "radar"),
+        *save_figure(scores_figure(comparison), folder / "scores"),
         *save_figure(bars_figure(comparison), folder / "bars"),
     ]
     return [folder / RESULTS_FILE, *(folder / name for name in texts), *plots]

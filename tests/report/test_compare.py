@@ -79,7 +79,7 @@ def test_a_method_that_diverges_does_not_stop_the_others(
     assert "the loss is nan in epoch 2, step 5" in str(comparison.failures[0].error)
     assert [r.method for r in comparison.finished] == ["cpl"]
     assert "AOL failed" in (tmp_path / "table.md").read_text()
-    assert len(files) == 8
+    assert len(files) == 10
 
     monkeypatch.setattr(module, "train", real)
     lines: list[str] = []

@@ -133,7 +133,7 @@ def test_report_writes_all_files_and_draws_them_again(
     paths = write_report(make_comparison(failed=("lot",)), tmp_path / "a")
     assert sorted(p.name for p in paths) == [
         *("bars.png", "bars.svg", "comparison.json", "radar.png", "radar.svg"),
-        *("report.html", "table.csv", "table.md"),
+        *("report.html", "scores.png", "scores.svg", "table.csv", "table.md"),
     ]
     again = write_report(Comparison.load(tmp_path / "a" / "comparison.json"), tmp_path / "b")
     for first, second in zip(paths, again, strict=True):
