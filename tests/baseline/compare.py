@@ -46,7 +46,7 @@ def check(topic: str, entries: Mapping[str, Counts], folder: Path = FOLDER) -> N
     """
     baseline = load(topic, folder)
     old = {name: baseline["entries"].get(name, {}) for name in entries}
-    if baseline["version"] not in (None, tool_version(topic)):
+    if baseline["version"] is not None and baseline["version"] != tool_version(topic):
         warnings.warn(
             f"{topic}.json was recorded with {baseline['version']}, this is "
             f"{tool_version(topic)}: of its counts only FLOPs and saved bytes are compared",

@@ -61,9 +61,36 @@ class Launches(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def _inverse_flops(matrix: Tensor, **_: Any) -> int:
+    return 2 * matrix.numel() * matrix.shape[-1]
+
+
+def _real_flops(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula on tensors that counts the real operations of complex products."""
+
+    def flops(*args: Any, **kwargs: Any) -> int:
+        is_complex = any(isinstance(a, Tensor) and a.is_complex() for a in args)
+        return (4 if is_complex else 1) * formula(*args, **kwargs)
+
+    flops._get_raw = True  # type: ignore[attr-defined]
+    return flops
+
+
+_FORMULAS = {
+    packet: _real_flops(formula)
+    for packet, formula in {**flop_registry, aten.linalg_inv_ex: _inverse_flops}.items()
+}
+
+
 def count(function: Callable[[], object]) -> dict[str, int]:
-    """Return the FLOPs of products and convolutions, the launches and the waits of a call."""
-    with FlopCounterMode(display=False) as flops, Launches() as seen:
+    """Return the FLOPs, the launches and the waits of a call.
+
+    FLOPs are those of products, convolutions and inverses.
+    """
+    with (
+        FlopCounterMode(display=False, custom_mapping=_FORMULAS) as flops,
+        Launches() as seen,
+    ):
         function()
     counts = {"flops": flops.get_total_flops(), "launches": seen.launches}
     return {**counts, "waits": seen.waits}

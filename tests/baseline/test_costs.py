@@ -10,6 +10,7 @@ from lipfast.nn import METHODS
 from lipfast.nn.base import LipschitzModule, SoundWeights
 from lipfast.reference import skew_kernel
 
+from baseline.compare import load  # isort: skip
 from baseline.costs import count, count_step  # isort: skip
 
 MAP = (4, 32, 16, 16)  # n, c, h, w
@@ -83,7 +84,15 @@ def test_network(method, check_baseline, monkeypatch):
     step = count_step(lambda: network(x), [x, *network.parameters()])
 
     # Weights with a proof take long, and run as any others do.
-    monkeypatch.setattr(LipschitzModule, "_build_sound", training_weights_in_place)
+    built: dict[LipschitzModule, SoundWeights] = {}
+
+    def build(layer: LipschitzModule, size: tuple[int, int]) -> SoundWeights:
+        if layer not in built:
+            built[layer] = SoundWeights(layer._training_weights(size), torch.ones(()))
+        return built[layer]
+
+    monkeypatch.setattr(LipschitzModule, "_build_sound", build)
+    monkeypatch.setattr(LipschitzModule, "_check_finite", lambda *_, **__: None)
     network.eval()
     with torch.no_grad():
         first = count(lambda: network(x))
@@ -98,10 +107,6 @@ def test_network(method, check_baseline, monkeypatch):
             f"{name}, inference": inference,
         },
     )
-
-
-def training_weights_in_place(layer: LipschitzModule, size: tuple[int, int]) -> SoundWeights:
-    return SoundWeights(layer._training_weights(size), torch.ones(()))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -121,3 +126,29 @@ def test_op(op, backend, check_baseline):
     with torch.no_grad():
         counts = {f"{op} {backend}, training step": step, f"{op} {backend}": count(forward)}
     check_baseline("costs", counts)
+
+
+def test_no_entry_is_left_over():
+    counted = {*LAYERS, *(f"{method} ConvNet XS" for method in METHODS)}
+    counted |= {f"{op} {backend}" for op in OPS for backend in ("torch", "reference")}
+    assert {entry.split(",")[0] for entry in load("costs")["entries"]} == counted
+
+
+def test_counts_of_known_functions():
+    a, b = torch.randn(3, 4), torch.randn(4, 5)
+    assert count(lambda: a @ b) == {"flops": 2 * 3 * 4 * 5, "launches": 1, "waits": 0}
+    assert count(lambda: a.cfloat() @ b.cfloat())["flops"] == 4 * 2 * 3 * 4 * 5
+    assert count(lambda: a.t().reshape(2, 6)[:, 1:]) == {"flops": 0, "launches": 1, "waits": 0}
+    assert count(lambda: a.t()[1:].expand(2, 3, 3)) == {"flops": 0, "launches": 0, "waits": 0}
+    assert count(lambda: float(a.sum())) == {"flops": 0, "launches": 2, "waits": 1}
+    assert count(lambda: torch.linalg.inv_ex(torch.eye(6)))["flops"] == 2 * 6**3
+    x = torch.randn(7, requires_grad=True)
+    step = count_step(lambda: x.exp() * x, [x])  # saves x, which is known, and its exponential
+    assert step == {"flops": 0, "launches": 7, "waits": 0, "saved_bytes": 28}
+
+
+def test_looks_into_registered_operators():
+    operator = torch.ops.lipfast.kernel_spectrum
+    seen = count(lambda: operator(torch.randn(4, 4, 3, 3), 4, 4))
+    assert seen["launches"] > 1
+    assert seen["flops"] > 0

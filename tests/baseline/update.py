@@ -12,7 +12,7 @@ from rich.table import Table
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))  # as pytest does
 
-from baseline.compare import TOOLS, Difference, differences, load, save, shown  # noqa: E402
+from baseline.compare import FOLDER, TOOLS, Difference, differences, load, save, shown  # noqa: E402
 
 SELECTION = {
     "costs": [str(TESTS / "baseline" / "test_costs.py")],
@@ -33,7 +33,7 @@ class Recorder:
         self.entries[topic].update({name: dict(counts) for name, counts in entries.items()})
 
 
-def main(topics: list[str]) -> int:
+def main(topics: list[str], folder: Path = FOLDER) -> int:
     """Run the tests that count, write their counts, and show what changed."""
     unknown = set(topics) - TOOLS.keys()
     if unknown:
@@ -50,11 +50,10 @@ def main(topics: list[str]) -> int:
         if not entries:
             print(f"{topic}.json is unchanged: no {TOOLS[topic]} on this machine")
             continue
-        old = load(topic)["entries"]
-        save(topic, entries)
-        print(
-            f"{topic}.json: {len(entries)} entries, {len(entries.keys() - old.keys())} of them new"
-        )
+        old = load(topic, folder)["entries"]
+        save(topic, entries, folder)
+        new, gone = entries.keys() - old.keys(), old.keys() - entries.keys()
+        print(f"{topic}.json: {len(entries)} entries, {len(new)} of them new, {len(gone)} gone")
         show(topic, differences(old, {n: c for n, c in entries.items() if n in old}))
     return 0
 
@@ -68,7 +67,7 @@ def show(topic: str, changed: list[Difference]) -> None:
         table.add_column(column, justify="right")
     for d in changed:
         table.add_row(d.entry, d.quantity, shown(d.old), shown(d.new), d.change)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 if __name__ == "__main__":
