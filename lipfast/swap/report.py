@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.table import Table
 
+_WIDTH = 160  # columns, of which the table takes what it needs
 _STYLES = {"replaced": "green", "left alone": "yellow", "lipfast": "dim", "unknown": "dim"}
 
 
@@ -87,9 +88,9 @@ class SwapReport:
         from rich.console import Console
 
         stream = io.StringIO()
-        console = Console(file=stream, width=max(100, Console().width), no_color=True)
-        console.print(self.table())
-        return f"{stream.getvalue()}{self.summary()}"
+        Console(file=stream, width=_WIDTH, no_color=True).print(self.table())
+        lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+        return "\n".join([*lines, self.summary()])
 
 
 def _shown(paths: tuple[str, ...]) -> str:
