@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lipschitz import lipschitz_bound, lipschitz_bounds
+from .lipschitz import known_bounds, lipschitz_bound
 from .radius import RADII, certified_radius, certified_robust_accuracy
 
 
@@ -36,7 +36,7 @@ def report(
     a plain `nn.Linear`, the exact pairwise radius is used. Its mode is restored afterwards.
 
     Args:
-        model: chain of layers with known bounds: see `lipschitz_bound`.
+        model: a network with a known bound, on the first sample at least: see `lipschitz_bound`.
         loader: yields (x, y), x (b, ...) on any device, y (b,) class indices.
         radii: Euclidean radii in the units of x.
 
@@ -49,16 +49,16 @@ def report(
         model.eval()
     try:
         with torch.no_grad(), full_precision():
-            scores, labels = _predict(model, loader)
-        bounds = lipschitz_bounds(model)
+            scores, labels, example = _predict(model, loader)
+        bounds = known_bounds(model)
         body, head = _split_head(model)
-        bound = lipschitz_bound(body)
+        bound = lipschitz_bound(body, example)
         weight = None if head is None else head.weight.detach()
         radius = certified_radius(scores, labels, lipschitz=bound, head_weight=weight)
         return CertificationReport(
             accuracy=float((scores.argmax(dim=1) == labels).double().mean()),
             certified={float(eps): certified_robust_accuracy(radius, eps) for eps in radii},
-            lipschitz_bound=lipschitz_bound(model),
+            lipschitz_bound=lipschitz_bound(model, example),
             layer_bounds=bounds,
             n_samples=len(labels),
         )
@@ -112,22 +112,27 @@ def _precision_owners() -> list[Any]:
     return [*owners, backends.mkldnn.matmul]
 
 
-def _predict(model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _predict(
+    model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, labels, and the first sample as an example."""
     parameter = next(model.parameters())
     if parameter.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"model: expected float32 or float64 parameters to certify, got {parameter.dtype}"
         )
-    scores, labels = [], []
+    scores, labels, examples = [], [], []
     for x, y in loader:
-        scores.append(model(x.to(parameter.device, parameter.dtype)))
+        images = x.to(parameter.device, parameter.dtype)
+        examples = examples or [images[:1]]
+        scores.append(model(images))
         labels.append(y.to(parameter.device))
     if not scores:
         raise ValueError("loader: expected at least one batch, got none")
     all_scores = torch.cat(scores)
     if not bool(torch.isfinite(all_scores).all()):
         raise ValueError("model: expected finite scores, got NaN or Inf")
-    return all_scores, torch.cat(labels)
+    return all_scores, torch.cat(labels), examples[0]
 
 
 def _split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:

@@ -110,7 +110,15 @@ def test_network_bound_is_the_product_over_nested_chains():
 
 @pytest.mark.parametrize(
     "module",
-    [nn.BatchNorm2d(2), nn.Conv2d(2, 2, 3, groups=2), nn.LSTM(2, 2), nn.GELU(), nn.Softplus()],
+    [
+        nn.BatchNorm2d(2, track_running_stats=False),
+        nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"),
+        nn.LSTM(2, 2),
+        nn.MultiheadAttention(4, 2),
+        nn.Hardshrink(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.LogSoftmax(1),
+    ],
 )
 def test_layers_without_a_known_bound_are_refused_by_name(module):
     model = nn.Sequential(nn.Flatten(), module)
