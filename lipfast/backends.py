@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lipfast.transforms import why_not_transformed
+
 # "torch" is plain PyTorch like "reference", arranged for speed.
 BACKENDS = ("triton", "cuda", "cpp", "torch", "reference")
 
@@ -141,6 +143,9 @@ def why_not(op: str, backend: str, *args: Any) -> str | None:
     """Return why `op` cannot run on `backend` with these arguments, or None if it can."""
     if backend not in _can_run[op]:
         return f"{op} has only the backends {', '.join(_can_run[op])}"
+    reason = None if backend == "reference" else why_not_transformed(*args)
+    if reason is not None:
+        return reason
     return _can_run[op][backend](*args)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import aol_rescale_extension, aol_rescale_torch
-from lipfast.ops.context import is_plain, torch_gradients
+from lipfast.ops.context import by_torch, is_plain, torch_gradients
 from lipfast.reference.gram_bound import inverse_or_zero
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +51,7 @@ def aol_rescale(
     networks", ECCV 2022, theorem 2.
     """
     dtype = _check(weight, r, groups, dtype)
-    chosen = backends.choose("aol_rescale", weight, dtype, backend=backend)
+    chosen = backends.choose("aol_rescale", weight, dtype, r, backend=backend)
     if chosen == "reference":
         return _published(weight, r, groups, dtype, channels_last)
     if is_plain(weight) and chosen in ("cpp", "torch"):
@@ -99,13 +99,13 @@ def _check(weight: Tensor, r: Tensor, groups: int, dtype: torch.dtype | None) ->
     return weight.dtype if dtype is None else dtype
 
 
-def _triton_can_run(weight: Tensor, dtype: torch.dtype) -> str | None:
+def _triton_can_run(weight: Tensor, dtype: torch.dtype, *_: Tensor) -> str | None:
     if weight.dtype == torch.float64:
         return "it computes in float32, and weight has float64"
     return backends.triton_can_run(weight)
 
 
-def _cpp_can_run(weight: Tensor, dtype: torch.dtype) -> str | None:
+def _cpp_can_run(weight: Tensor, dtype: torch.dtype, *_: Tensor) -> str | None:
     if dtype == torch.float16:
         return "it has no float16"
     return backends.cpp_can_run(weight)
@@ -117,8 +117,8 @@ backends.register(
         "triton": _triton_can_run,
         "cuda": backends.cuda_can_run,
         "cpp": _cpp_can_run,
-        "torch": lambda weight, dtype: None,
-        "reference": lambda weight, dtype: None,
+        "torch": lambda *_: None,
+        "reference": lambda *_: None,
     },
 )
 
@@ -204,7 +204,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    if torch.is_grad_enabled():
+    if by_torch(grad):
         function = functools.partial(
             _published, groups=ctx.groups, dtype=ctx.dtype, channels_last=False
         )
@@ -224,7 +224,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        if torch.is_grad_enabled():
+        if by_torch(grad):
             return _gradient(ctx, grad)
         weight, r = ctx.saved_tensors
         return *_backward(grad, weight, r, ctx.groups, ctx.backend), None, None, None, None

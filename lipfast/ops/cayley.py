@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
-from lipfast.ops.context import (
-    is_plain,
-    why_not_transformed,
-    without_autocast,
-)
+from lipfast.ops.context import by_torch, is_plain, without_autocast
 from lipfast.reference.cayley import cayley as reference_cayley
 
 from . import cayley_cpp, cayley_lu
@@ -80,17 +76,13 @@ def _check(matrix: Tensor, planar: bool) -> None:
         )
 
 
-def _torch_can_run(matrix: Tensor) -> str | None:
-    return why_not_transformed(matrix)
-
-
-def _cpp_can_run(matrix: Tensor) -> str | None:
-    return _torch_can_run(matrix) or backends.cpp_can_run(matrix)
-
-
 backends.register(
     "cayley",
-    {"cpp": _cpp_can_run, "torch": _torch_can_run, "reference": lambda matrix: None},
+    {
+        "cpp": backends.cpp_can_run,
+        "torch": lambda matrix: None,
+        "reference": lambda matrix: None,
+    },
 )
 
 
@@ -144,7 +136,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    if torch.is_grad_enabled():
+    if by_torch(grad):
         matrix, out = ctx.saved_tensors
         return _differentiable(grad, matrix, out, ctx.options[0]), None, None
     grad = torch.ops.lipfast.cayley_backward(grad, *ctx.saved_tensors, *ctx.options)
@@ -172,7 +164,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        if torch.is_grad_enabled():
+        if by_torch(grad):
             return _gradient(ctx, grad)
         return _backward(grad, *ctx.saved_tensors, *ctx.options), None, None
 

@@ -9,6 +9,29 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lipfast.transforms import (
+    inside_transforms,
+    is_transformed,
+    why_not_transformed,
+    without_tangents,
+)
+
+__all__ = [
+    "autocast_dtype",
+    "by_torch",
+    "inside_transforms",
+    "is_autocast",
+    "is_plain",
+    "is_traced",
+    "is_transformed",
+    "one_by_one",
+    "outside_transforms",
+    "torch_gradients",
+    "why_not_transformed",
+    "without_autocast",
+    "without_tangents",
+]
+
 
 def is_autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of `x`."""
@@ -31,19 +54,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def is_plain(*tensors: Tensor) -> bool:
     """Whether an op may go without the dispatcher, a tenth of the time of a small layer."""
     kinds = (Tensor, torch.nn.Parameter)
-    return not torch.compiler.is_compiling() and all(type(x) in kinds for x in tensors)
-
-
-def is_transformed(x: Tensor | None) -> bool:
-    """Whether a transform of torch.func acts on x, outside of torch.compile."""
-    if x is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or inside_transforms():
         return False
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def inside_transforms() -> bool:
-    """Whether a transform of torch.func is under way, where no buffer may be written."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return all(type(x) in kinds for x in tensors)
 
 
 def is_traced(x: Tensor) -> bool:
@@ -56,18 +69,39 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
-def outside_transforms(x: Tensor) -> AbstractContextManager[Any]:
-    """Leave the transforms of torch.func, unless they act on x."""
-    if is_traced(x) or not torch._C._are_functorch_transforms_active():
+def outside_transforms(*tensors: Tensor) -> AbstractContextManager[Any]:
+    """Leave the transforms of torch.func, unless they act on one of the tensors."""
+    if not torch._C._are_functorch_transforms_active() or any(is_traced(x) for x in tensors):
         return nullcontext()
     return temporarily_clear_interpreter_stack()
 
 
-def why_not_transformed(*tensors: Tensor | None) -> str | None:
-    """Return why operators without a rule for torch.func cannot run on the tensors, or None."""
-    if any(is_transformed(x) for x in tensors):
-        return "the transforms of torch.func need the backend 'reference'"
-    return None
+def by_torch(grad: Tensor | None) -> bool:
+    """Whether a backward pass must be made of torch's operations, with rules for everything.
+
+    Under `create_graph=True`, and for a batch of gradients (`is_grads_batched`).
+    """
+    if torch.is_grad_enabled() or is_transformed(grad):
+        return True
+    batched = torch._C._functorch.is_legacy_batchedtensor  # of is_grads_batched
+    return grad is not None and not torch.compiler.is_compiling() and batched(grad)
+
+
+def one_by_one(op: Any) -> Any:
+    """Return the rule of torch.func.vmap that runs `op` for each index: for `register_vmap`."""
+
+    def batched(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        def at(i: int) -> tuple[Any, ...]:
+            pairs = zip(arguments, in_dims, strict=True)
+            return tuple(a if dim is None else a.select(dim, i) for a, dim in pairs)
+
+        results = [op(*at(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        parts = tuple(torch.stack(part) for part in zip(*results, strict=True))
+        return parts, (0,) * len(parts)
+
+    return batched
 
 
 def torch_gradients(

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from lipfast import backends
-from lipfast.ops.context import inside_transforms, without_autocast
+from lipfast.ops.context import by_torch, why_not_transformed, without_autocast
 from lipfast.reference import circular_pad, power_iteration
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -54,13 +54,16 @@ def conv_norm(
     neural networks", ICML 2022, algorithm 1.
     """
     _check(kernel, vector, padding_mode, steps)
-    chosen = backends.choose("conv_norm", kernel, vector, backend=backend)
+    transformed = (
+        why_not_transformed(kernel, vector) and (backend or backends.forced()) != "reference"
+    )
+    chosen = "torch" if transformed else backends.choose("conv_norm", kernel, backend=backend)
     dtype = kernel.dtype
     if dtype.itemsize < 4:
         kernel, vector = kernel.float(), vector.float()
     if chosen == "reference":
         norm, image = _published(kernel, vector, padding_mode, steps)
-    elif inside_transforms():
+    elif transformed:
         norm, image = _transformable(kernel, vector, padding_mode, steps)
     else:
         norm, image, _ = torch.ops.lipfast.conv_norm(kernel, vector, padding_mode, steps)
@@ -263,7 +266,7 @@ def _gradient(  # type: ignore[no-untyped-def]
     """`grad_image` comes from a second derivative: norm = |W v| and image = W v / norm."""
     norm, vector, image = ctx.saved_tensors
     taps = list(ctx.shape[-2:])
-    if torch.is_grad_enabled() or grad_image is not None:
+    if by_torch(grad) or grad_image is not None:
         total = torch.zeros_like(image) if grad is None else grad.view(-1, 1, 1, 1) * image
         if grad_image is not None:
             along = (image * grad_image).sum(dim=(1, 2, 3), keepdim=True)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from lipfast.ops.context import one_by_one
 from lipfast.ops.conv_norm import _convolve, _convolve_adjoint, _unit
 from lipfast.reference import kernel_spectrum, torus_bound, transpose_kernel
 
@@ -243,3 +244,6 @@ torch.library.define(
 )
 torch.library.impl("lipfast::conv_norm_map_bound", ("cpu", "cuda"), _bound)
 torch.library.register_fake("lipfast::conv_norm_map_bound", _fake)
+torch.library.register_vmap(
+    "lipfast::conv_norm_map_bound", one_by_one(torch.ops.lipfast.conv_norm_map_bound)
+)

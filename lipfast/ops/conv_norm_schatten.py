@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lipfast.ops.context import without_autocast
+from lipfast.ops.context import by_torch, without_autocast
 
 
 def schatten_norm(matrix: Tensor, squarings: int, *, planar: bool = False) -> Tensor:
@@ -109,7 +109,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _gradient(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
     arguments = (grad, *ctx.saved_tensors, ctx.planar, ctx.squarings)
-    if torch.is_grad_enabled():
+    if by_torch(grad):
         return _backward(*arguments), None, None
     return torch.ops.lipfast.schatten_norm_backward(*arguments), None, None
 

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
-from lipfast.ops.context import (
-    is_plain,
-    why_not_transformed,
-    without_autocast,
-)
+from lipfast.ops.context import by_torch, is_plain, without_autocast
 from lipfast.reference.fourier_conv import fourier_conv as reference_fourier_conv
 
 from . import fourier_conv_gemm
@@ -102,21 +98,17 @@ def _check(x: Tensor, spectrum: Tensor) -> None:
         )
 
 
-def _torch_can_run(spectrum: Tensor, x: Tensor) -> str | None:
-    return why_not_transformed(x, spectrum)
-
-
 def _triton_can_run(spectrum: Tensor, x: Tensor) -> str | None:
     if spectrum.dtype == torch.float64:
         return "it computes in float32, and spectrum has float64"
-    return _torch_can_run(spectrum, x) or backends.triton_can_run(spectrum)
+    return backends.triton_can_run(spectrum)
 
 
 backends.register(
     "fourier_conv",
     {
         "triton": _triton_can_run,
-        "torch": _torch_can_run,
+        "torch": lambda spectrum, x: None,
         "reference": lambda spectrum, x: None,
     },
 )
@@ -181,7 +173,7 @@ def _gradient(  # type: ignore[no-untyped-def]
     x_hat, spectrum = ctx.saved_tensors
     grad_x = grad_spectrum = None
     if grad is not None:
-        if torch.is_grad_enabled():
+        if by_torch(grad):
             grad_x, grad_spectrum = _differentiable(grad, x_hat, spectrum, *ctx.options)
         else:
             backward = backward or torch.ops.lipfast.fourier_conv_backward

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lipfast import backends
 from lipfast.ops import gram_bound_cpp, gram_bound_cuda, gram_bound_gemm
-from lipfast.ops.context import is_plain, torch_gradients, without_autocast
+from lipfast.ops.context import by_torch, is_plain, torch_gradients, without_autocast
 from lipfast.reference.gram_bound import gram_bound as reference_gram_bound
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +52,7 @@ def gram_bound(
     networks", ECCV 2022, theorem 2; Araujo et al., ICLR 2023, theorem 3.
     """
     _check(weight, q, axis, groups)
-    chosen = backends.choose("gram_bound", weight, backend=backend)
+    chosen = backends.choose("gram_bound", weight, q, backend=backend)
     dtype = weight.dtype
     if dtype.itemsize < 4:
         weight, q = weight.float(), None if q is None else q.float()
@@ -105,7 +105,7 @@ def _check(weight: Tensor, q: Tensor | None, axis: str, groups: int) -> None:
         )
 
 
-def _triton_can_run(weight: Tensor) -> str | None:
+def _triton_can_run(weight: Tensor, *_: Tensor | None) -> str | None:
     if weight.dtype == torch.float64:
         return "it computes in float32, and weight has float64"
     return backends.triton_can_run(weight)
@@ -117,8 +117,8 @@ backends.register(
         "triton": _triton_can_run,
         "cuda": backends.cuda_can_run,
         "cpp": backends.cpp_can_run,
-        "torch": lambda weight: None,
-        "reference": lambda weight: None,
+        "torch": lambda *_: None,
+        "reference": lambda *_: None,
     },
 )
 
@@ -246,7 +246,7 @@ def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def
     if grad is None:
         return None, None, None, None, None
     weight, q, r, signs = ctx.saved_tensors
-    if torch.is_grad_enabled():
+    if by_torch(grad):
         return *_differentiable(grad, weight, q, *ctx.options), None, None, None
     op = torch.ops.lipfast.gram_bound_backward
     grad_weight, grad_q = op(grad, weight, q, r, signs, *ctx.options)
@@ -274,7 +274,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         weight, q, r, signs = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if by_torch(grad):
             return *_differentiable(grad, weight, q, *ctx.options), None, None, None
         grad_weight, grad_q = _backward(grad, weight, q, r, signs, *ctx.options)
         return grad_weight, grad_q if ctx.needs_input_grad[1] else None, None, None, None

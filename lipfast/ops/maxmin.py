@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lipfast import backends
+from lipfast.ops.context import one_by_one, why_not_transformed
 from lipfast.reference.maxmin import maxmin as reference_maxmin
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # csrc/maxmin.h: DType
@@ -35,6 +36,8 @@ def maxmin(x: Tensor, *, backend: str | None = None) -> Tensor:
     Source: Anil, Lucas, Grosse, "Sorting out Lipschitz function approximation", ICML 2019.
     """
     _check(x)
+    if why_not_transformed(x) and backend is None and backends.forced() is None:
+        return _by_torch(x)
     chosen = backends.choose("maxmin", x, backend=backend)
     if chosen == "reference":
         return reference_maxmin(x)
@@ -61,6 +64,17 @@ backends.register(
         "reference": lambda x: None,
     },
 )
+
+
+def _by_torch(x: Tensor) -> Tensor:
+    """The op by operations that torch.func can transform, derivative at ties included."""
+    pairs = x[:, : x.shape[1] // 2 * 2].unflatten(1, (x.shape[1] // 2, 2))
+    first, second = pairs.unbind(2)
+    swapped, spoiled = second > first, first.isnan() | second.isnan()
+    larger, smaller = torch.where(swapped, second, first), torch.where(swapped, first, second)
+    ordered = torch.stack([larger, smaller], dim=2)
+    ordered = torch.where(spoiled[:, :, None], math.nan, ordered).flatten(1, 2)
+    return torch.cat([ordered, x[:, -1:]], dim=1) if x.shape[1] % 2 else ordered
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -177,3 +191,9 @@ torch.library.register_autograd(
     lambda ctx, grad: (_swap_gradient(ctx, grad), None, None, None),
     setup_context=_save_mask_again,
 )
+
+
+# torch.compile of a vmap, and a batch of gradients, come to the registered operators -------------
+
+for _op in ("maxmin", "maxmin_backward"):
+    torch.library.register_vmap(f"lipfast::{_op}", one_by_one(getattr(torch.ops.lipfast, _op)))

@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from lipfast.ops import polar_again, polar_gemm
-from lipfast.ops.context import (
-    inside_transforms,
-    is_plain,
-    without_autocast,
-)
+from lipfast.ops.context import by_torch, is_plain, without_autocast
 from lipfast.ops.polar_schedules import coefficients
 
 _LAUNCHERS = {
@@ -26,7 +22,7 @@ def polar_op(
 ) -> tuple[Tensor, Tensor]:
     """Return the polar factors of x (B, P, m, n), differentiable, and the residuals (B,)."""
     arguments = (x, schedule, derivative, steps, backend)
-    if is_plain(x) and not x.is_meta and not inside_transforms():
+    if is_plain(x) and not x.is_meta:
         # A small matrix would spend a tenth of its time in the registered op's dispatch.
         return _Eager.apply(*arguments)
     return torch.ops.lipfast.polar(*arguments)
@@ -90,7 +86,7 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _gradient(ctx, grad: Tensor | None, _: None):  # type: ignore[no-untyped-def]
     if grad is None:
         return None, None, None, None, None
-    if torch.is_grad_enabled():
+    if by_torch(grad):
         return _differentiable(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
     grad_x = torch.ops.lipfast.polar_backward(grad, *ctx.saved_tensors, *ctx.options)
     return grad_x, None, None, None, None
@@ -117,7 +113,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         if grad is None:
             return None, None, None, None, None
-        if torch.is_grad_enabled():
+        if by_torch(grad):
             return _gradient(ctx, grad, None)
         return _backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 

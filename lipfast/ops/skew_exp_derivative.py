@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_weight
 
 from lipfast.ops import skew_exp_conv
+from lipfast.ops.context import by_torch
 from lipfast.reference import circular_pad, conv2d_same
 
 
@@ -101,7 +102,7 @@ def _backward(
     if terms is None:
         grad_terms = None  # of an output without entries
     with torch.autocast(kernel.device.type, enabled=False):
-        if grad is None or grad_terms is not None or torch.is_grad_enabled():
+        if grad is None or grad_terms is not None or by_torch(grad):
             return (*_differentiable(ctx, grad, grad_terms), *nothing)
         grad = to_layout(grad, x if terms is None else terms)
         if not ctx.needs_input_grad[1]:
