@@ -186,6 +186,7 @@ _UNBOUNDED = Factor(math.inf, "not Lipschitz")
 _ATTENTION = Factor(math.inf, "dot-product attention is not Lipschitz")
 _JUMPS = Factor(math.inf, "not continuous")
 _INDICES = Factor(None, "a table of indices; the bound starts at its output")
+_NO_LAYER = Factor(None, "there is no 1-Lipschitz layer for it here")
 _RECURRENT = Factor(None, "a recurrent network has no known bound")
 _REPEATS = Factor(None, "repeats pixels; use zero padding")
 
@@ -259,4 +260,8 @@ _TABLE: dict[type[nn.Module], Factor | Callable[[Any], Factor]] = {
         _ATTENTION,
     ),
     nn.Bilinear: _UNBOUNDED,
+    **dict.fromkeys(
+        (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+        _NO_LAYER,
+    ),
 }

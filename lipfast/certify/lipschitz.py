@@ -44,7 +44,7 @@ def lipschitz_bound(model: nn.Module, example: Tensor | None = None) -> float:
     with a method `lipschitz_bound()` is taken at its word; of torch's own modules those that are
     known, unless a subclass has another `forward` or a hook may change the output.
 
-    With an example, any other network that `torch.fx` can trace is bounded along its graph, where
+    With an example, any network that `torch.fx` can trace is bounded along its graph, where
     constants add up at residual additions and are joined as sqrt(a^2 + b^2) at concatenations. The
     bound then holds for inputs of the example's shape.
 
@@ -62,22 +62,15 @@ def lipschitz_bound(model: nn.Module, example: Tensor | None = None) -> float:
 
 def _chain_bound(name: str, module: Any, example: Tensor | None) -> float:
     check_hooks(name, module)
-    if example is not None and not _is_chain(module):
+    if hasattr(module, "lipschitz_bound"):
+        return _layer_bound(name, module)
+    if example is not None:
         return graph_bound(module, example, check_hooks)
-    if runs_forward_of(module, nn.Sequential) and not hasattr(module, "lipschitz_bound"):
+    if runs_forward_of(module, nn.Sequential):
         # not named_children(), which skips a layer that stands in the chain a second time
         parts = module._modules.items()
         return math.prod(_chain_bound(f"{name}.{key}".lstrip("."), m, None) for key, m in parts)
     return _layer_bound(name, module)
-
-
-def _is_chain(module: Any) -> bool:
-    """Whether no example is needed: nested `nn.Sequential` of layers in the table."""
-    if hasattr(module, "lipschitz_bound"):
-        return True
-    if runs_forward_of(module, nn.Sequential):
-        return all(map(_is_chain, module._modules.values()))
-    return module_factor(module).value is not None
 
 
 def check_hooks(name: str, module: Any) -> None:

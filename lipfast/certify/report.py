@@ -121,7 +121,9 @@ def _predict(
         raise TypeError(
             f"model: expected float32 or float64 parameters to certify, got {parameter.dtype}"
         )
-    scores, labels, examples = [], [], []
+    scores: list[Tensor] = []
+    labels: list[Tensor] = []
+    examples: list[Tensor] = []
     for x, y in loader:
         images = x.to(parameter.device, parameter.dtype)
         examples = examples or [images[:1]]

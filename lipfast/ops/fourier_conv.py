@@ -204,9 +204,12 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):  # type: ignore[no-untyped-def]
-        output = _forward(*inputs)
-        _save(ctx, inputs, output)
-        return output
+        y, x_hat = _forward(*inputs)
+        # what the Fourier transform returns counts as a view, which no layer after it could change
+        # in place, as nn.ReLU(inplace=True) does
+        y = y.new_empty(0).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
+        _save(ctx, inputs, (y, x_hat))
+        return y, x_hat
 
     @staticmethod
     def backward(ctx, grad, grad_x_hat):  # type: ignore[no-untyped-def]

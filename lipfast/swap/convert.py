@@ -56,8 +56,8 @@ def convert(
 
     What the method cannot do is left alone with the reason (even kernels, transposed convolutions,
     for all but AOL groups, dilation and paddings that change the map), and so is what cannot be
-    converted by itself (attention, recurrent layers). A stride is taken by AOL as it is and by the
-    others as `PixelUnshuffle`, which needs maps of a multiple of it.
+    converted by itself (attention, recurrent layers). Cayley pads circularly. A stride is taken by
+    AOL as it is and by the others as `PixelUnshuffle`, which needs maps of a multiple of it.
 
     The layers are 1-Lipschitz then; whether the network is depends on the rest. The report says
     layer by layer, and for the operations of the forward pass that `torch.fx` can follow, what

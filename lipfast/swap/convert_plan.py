@@ -54,7 +54,7 @@ def planned(model: nn.Module, method: str, activation: str | None, options: dict
     for module in visited(model):
         try:
             if runs_forward_of(module, nn.Conv2d):
-                arguments = {**_conv_arguments(module), **conv_options}
+                arguments = {**_conv_arguments(module, conv), **conv_options}
                 plan[module] = _checked(module, conv, arguments, method in _NEAR)
             elif runs_forward_of(module, nn.Linear):
                 arguments = {
@@ -101,7 +101,10 @@ def visited(model: nn.Module) -> list[Any]:
     return found
 
 
-def _conv_arguments(module: nn.Conv2d) -> dict[str, Any]:
+def _conv_arguments(module: nn.Conv2d, layer: type[LipschitzConv2d]) -> dict[str, Any]:
+    padding_mode: str = module.padding_mode
+    if padding_mode == "zeros" and padding_mode not in layer._padding_modes:
+        padding_mode = layer._padding_modes[0]
     return {
         "in_channels": module.in_channels,
         "out_channels": module.out_channels,
@@ -111,7 +114,7 @@ def _conv_arguments(module: nn.Conv2d) -> dict[str, Any]:
         "dilation": module.dilation,
         "groups": module.groups,
         "bias": module.bias is not None,
-        "padding_mode": module.padding_mode,
+        "padding_mode": padding_mode,
     }
 
 

@@ -156,6 +156,9 @@ def _step(
         frozen = [p for p in module.parameters() if not p.requires_grad]
         if frozen and not entry.keep:
             start += ", frozen as before"
+        mode = entry.arguments.get("padding_mode")
+        if mode and mode != module.padding_mode and max(entry.arguments["kernel_size"]) > 1:
+            start += f", {mode} padding"
         has_weights = any(True for _ in module.parameters())
         outcome = entry.layer.__name__ + (f", {start}" if has_weights else "")
         return Step(paths, kind, "converted", 1.0, outcome)
