@@ -1,23 +1,36 @@
 """AOL: almost-orthogonal layers (Prach and Lampert, ECCV 2022)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lipfast import ops, reference
 
 from .base import SoundWeights
-from .kernel import KernelModule, gram_backend, is_channels_last, matched_dtype
+from .kernel import (
+    KernelModule,
+    as_kernel,
+    gram_backend,
+    is_channels_last,
+    matched_dtype,
+    stacked_kernels,
+)
 from .layers import LipschitzConv2d, LipschitzLinear
 
 _EPSILON = 1e-6
 
 
 class _AOL(KernelModule):
-    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """The kernel P before its rescaling, and the row sums."""
-        weight, scale = reference.unit_scale(self._kernel_parameter(), minimum=1.0)
+    def _stacked_weights(
+        self, layers: Sequence[Any], map_size: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        """The kernels P before their rescaling, and the row sums."""
+        kernels = stacked_kernels(layers)
+        weight, scale = reference.unit_scale(kernels, minimum=1.0, dim=(1, 2, 3, 4))
         rows = ops.gram_bound(weight, groups=self.groups, backend=gram_backend())
-        return weight, rows + _EPSILON / scale**2
+        return weight, rows + _EPSILON / scale.view(-1, 1) ** 2
 
     def _for_input(self, x: Tensor, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         weight, rows = weights
@@ -32,7 +45,7 @@ class _AOL(KernelModule):
         return (kernel,)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
-        weight, scale = reference.unit_scale(self._kernel_parameter().double(), minimum=1.0)
+        weight, scale = reference.unit_scale(as_kernel(self.weight).double(), minimum=1.0)
         rows = self._proved_rows(weight) + _EPSILON / scale**2
         rescaling = reference.inverse_or_zero(rows, power=0.5)
         kernel = self._scale_inputs(weight, rescaling)

@@ -1,14 +1,20 @@
 """What every 1-Lipschitz layer shares: the protocol, the weight cache, the input checks."""
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lipfast.ops.context import is_autocast, is_traced, outside_transforms, without_autocast
+from lipfast.ops.context import (
+    is_autocast,
+    is_traced,
+    outside_transforms,
+    without_autocast,
+    without_tangents,
+)
+
+from .sources import Source
 
 
 class SoundWeights(NamedTuple):
@@ -27,35 +33,8 @@ class Prebuilt(NamedTuple):
 
 class _CacheEntry(NamedTuple):
     map_size: tuple[int, int]
-    sources: list["_Source"]
+    sources: list[Source]
     sound: SoundWeights
-
-
-class _Source(NamedTuple):
-    parameter: "weakref.ref[Tensor]"
-    state: tuple[int, float, int, torch.device, torch.dtype]
-
-    @classmethod
-    def of(cls, parameter: Tensor) -> "_Source":
-        place = (parameter.data_ptr(), parameter.device, parameter.dtype)
-        # an inference tensor counts no versions: NaN equals nothing, so it is never unchanged
-        version = float("nan") if parameter.is_inference() else parameter._version
-        return cls(weakref.ref(parameter), (_fused_steps, version, *place))
-
-    def is_unchanged(self, parameter: Tensor) -> bool:
-        return self.parameter() is parameter and self.state == _Source.of(parameter).state
-
-
-_fused_steps = 0  # fused optimizers write parameters without counting it in `_version`
-
-
-def _count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    global _fused_steps
-    if any(group.get("fused") for group in optimizer.param_groups):
-        _fused_steps += 1
-
-
-register_optimizer_step_post_hook(_count_fused_step)
 
 
 class LipschitzModule(nn.Module):
@@ -89,9 +68,8 @@ class LipschitzModule(nn.Module):
         super().__init__()
         self._cache: _CacheEntry | None = None
         self._last_map_size: tuple[int, int] | None = None
-        self.prebuilt: Prebuilt | None = (
-            None  # whoever sets it takes it away after the forward pass
-        )
+        # whoever sets it takes it away after the forward pass
+        self.prebuilt: Prebuilt | None = None
 
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
         """Return the kernel of the one convolution that the layer is in evaluation mode.
@@ -166,9 +144,23 @@ class LipschitzModule(nn.Module):
         """Initialise the parameters as the method was published."""
         raise NotImplementedError
 
-    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        """Weights with their graph, at least float32; autocast is off."""
+    def _stacked_weights(
+        self, layers: Sequence[Any], map_size: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        """Weights of `layers` with their graph, each (layers, ...); at least float32.
+
+        The layers are built alike, this one is the first of them; autocast is off.
+        """
         raise NotImplementedError
+
+    def _build_options(self) -> tuple[Hashable, ...]:
+        """What layers that are built alike have in common beside the shapes of their parameters."""
+        sizes = (self._inner_channels, self.out_channels, self.kernel_size, self.groups)
+        return (*sizes, self.padding_mode)
+
+    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Weights of this layer with their graph."""
+        return tuple(stack.squeeze(0) for stack in self._stacked_weights([self], map_size))
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         """Weights whose layer is proved to have the returned bound."""
@@ -226,9 +218,9 @@ class LipschitzModule(nn.Module):
         return tuple(weight.to(self._weight_dtype(x.dtype)) for weight in weights)
 
     def _sound(self, map_size: tuple[int, int]) -> SoundWeights:
-        if is_traced(self.weight):
-            return self._build_sound(map_size)
         parameters = [*self.parameters(), *self.buffers()]  # of parametrisations too
+        if any(is_traced(p) for p in parameters):
+            return self._build_sound(map_size)
         entry = self._cache
         if (
             entry is None
@@ -237,7 +229,7 @@ class LipschitzModule(nn.Module):
             or not all(s.is_unchanged(p) for s, p in zip(entry.sources, parameters, strict=True))
         ):
             self._check_finite(on_device=True)
-            sources = [_Source.of(p) for p in parameters]
+            sources = [Source.of(p) for p in parameters]
             entry = _CacheEntry(map_size, sources, self._build_sound(map_size))
             self._cache = entry
         return entry.sound
@@ -246,8 +238,9 @@ class LipschitzModule(nn.Module):
         with (
             torch.inference_mode(False),
             torch.no_grad(),
+            without_tangents(),
             without_autocast(self.weight),
-            outside_transforms(self.weight),
+            outside_transforms(self.weight, *self.parameters(), *self.buffers()),
         ):
             return self._sound_weights(map_size)
 

@@ -1,6 +1,7 @@
 """BCOP: block convolution orthogonal parameterisation (Li et al., NeurIPS 2019)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from lipfast import ops, reference
 
 from .base import SoundWeights
 from .convergence import PolarModule
-from .kernel import as_kernel, sound_backend
+from .kernel import sound_backend, stacked, stacked_kernels
 from .layers import LipschitzConv2d, LipschitzLinear
 
 
@@ -33,15 +34,16 @@ class BCOPConv2d(PolarModule, LipschitzConv2d):
         self._register_bias(self.out_channels if bias else None, factory)
         self._register_residual(factory)
 
-    def _kernel_parameter(self) -> Tensor:
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
-
-    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        return (self._compose(self._polar(self._kernel_parameter(), None, form="bjorck"), None),)
+    def _stacked_weights(
+        self, layers: Sequence[Any], map_size: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        matrices = stacked([layer.weight for layer in layers])
+        matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+        return (self._compose(self._polar(layers, matrices, None, form="bjorck"), None),)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         backend = sound_backend(self.weight)
-        matrices = self._polar(self._kernel_parameter().double(), backend, form="bjorck")
+        matrices = self._polar([self], self.weight.double(), backend, form="bjorck")
         matrices, bound = reference.contract(matrices)
         # P = R R^T has eigenvalues in [0, bound^2] and |P + (I - P) z| <= max(1, 2 bound^2 - 1)
         block = (2 * bound**2 - 1).clamp_min(1)
@@ -51,9 +53,10 @@ class BCOPConv2d(PolarModule, LipschitzConv2d):
         return SoundWeights((kernel,), bound)
 
     def _compose(self, matrices: Tensor, backend: str | None) -> Tensor:
+        """The kernel of (2k - 1, c, c), or those of (layers, 2k - 1, c, c)."""
         rows = min(self._inner_channels, self.out_channels)
-        halves = matrices[1:, :, : matrices.shape[-1] // 2]
-        kernel = ops.block_conv(matrices[0, :rows], halves, backend=backend)
+        halves = matrices[..., 1:, :, : matrices.shape[-1] // 2]
+        kernel = ops.block_conv(matrices[..., 0, :rows, :], halves, backend=backend)
         if self.out_channels > self._inner_channels:
             return reference.transpose_kernel(kernel)
         return kernel
@@ -75,19 +78,20 @@ class BjorckLinear(PolarModule, LipschitzLinear):
     of this class.
     """
 
-    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        return (self._orthogonal(as_kernel(self.weight), None)[:, :, None, None],)
+    def _stacked_weights(
+        self, layers: Sequence[Any], map_size: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        matrices = stacked_kernels(layers)[..., 0, 0]
+        return (self._polar(layers, matrices, None, form="bjorck")[..., None, None],)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
-        matrix = self._orthogonal(as_kernel(self.weight).double(), sound_backend(self.weight))
+        backend = sound_backend(self.weight)
+        matrix = self._polar([self], self.weight.double(), backend, form="bjorck")
         matrix, bound = reference.contract(matrix)
         kernel, bound = reference.round_contraction(
             matrix[:, :, None, None], bound, self.weight.dtype
         )
         return SoundWeights((kernel,), bound)
-
-    def _orthogonal(self, kernel: Tensor, backend: str | None) -> Tensor:
-        return self._polar(kernel[:, :, 0, 0], backend, form="bjorck")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

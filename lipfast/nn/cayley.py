@@ -1,6 +1,7 @@
 """Cayley layers (Trockman and Kolter, ICLR 2021)."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from lipfast import ops, reference
 
+from .kernel import stacked
 from .layers import LipschitzConv2d, LipschitzLinear
 from .spectral import SpectralModule
 
@@ -21,14 +23,21 @@ class _Cayley(SpectralModule):
         super()._make_parameters(bias, factory)
         self.alpha = nn.Parameter(torch.empty((), **factory))
 
-    def _normalised(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
-        kernel, scale = reference.unit_scale(kernel)
-        norm = torch.linalg.vector_norm(kernel)
-        alpha = self.alpha.to(kernel.dtype).clamp(-_ALPHA_LIMIT, _ALPHA_LIMIT)
-        return kernel * (alpha * reference.inverse_or_zero(norm)), scale
+    def _normalised(self, layers: Sequence[Any], kernels: Tensor) -> tuple[Tensor, Tensor]:
+        kernels, scale = reference.unit_scale(kernels, dim=(1, 2, 3, 4))
+        norms = torch.linalg.vector_norm(kernels, dim=(1, 2, 3, 4))
+        alpha = stacked([layer.alpha for layer in layers])
+        alpha = alpha.to(kernels.dtype).clamp(-_ALPHA_LIMIT, _ALPHA_LIMIT)
+        factors = alpha * reference.inverse_or_zero(norms)
+        return kernels * factors.view(-1, 1, 1, 1, 1), scale.flatten()
 
     def _orthogonalise(
-        self, matrices: Tensor, scale: Tensor, planar: bool, backend: str | None
+        self,
+        layers: Sequence[Any],
+        matrices: Tensor,
+        scale: Tensor,
+        planar: bool,
+        backend: str | None,
     ) -> Tensor:
         return ops.cayley(matrices, planar=planar, backend=backend)
 

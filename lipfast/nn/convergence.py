@@ -1,6 +1,7 @@
 """Whether the iterations that make weights orthogonal have converged, known on the device alone."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from lipfast import ops
 from lipfast.ops.context import inside_transforms, is_transformed
 
-from .kernel import KernelModule
+from .kernel import KernelModule, write_buffers
 
 # ||I - X X^H||_F before the last step: after it, singular values are above 0.996
 RESIDUAL_LIMIT = 0.1
@@ -32,15 +33,24 @@ class PolarModule(KernelModule):
         residual = torch.zeros((), device=factory["device"])
         self.register_buffer("polar_residual", residual, persistent=False)
 
-    def _polar(self, matrices: Tensor, backend: str | None, **options: Any) -> Tensor:
-        """`ops.polar` of matrices; in training, where `backend` is None, its residual is kept."""
+    def _polar(
+        self,
+        layers: Sequence[Any],
+        matrices: Tensor,
+        backend: str | None,
+        **options: Any,
+    ) -> Tensor:
+        """`ops.polar` of the layers' matrices (layers, ...).
+
+        In training, where `backend` is None, each layer keeps its residual.
+        """
         training = backend is None
-        if training and is_transformed(self.weight):
+        if training and is_transformed(matrices):
             backend = "reference"  # the others cannot be derived by torch.func
         factors, residuals = ops.polar(matrices, return_residual=True, backend=backend, **options)
         if training and not inside_transforms():
-            with torch.no_grad():
-                self.polar_residual.copy_(residuals.amax())
+            largest = residuals.view(len(layers), -1).amax(dim=1)
+            write_buffers([layer.polar_residual for layer in layers], largest.unbind())
         return factors
 
 

@@ -1,5 +1,6 @@
 """Layers that are one convolution with a finite kernel, or one matrix."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,7 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipfast import backends, reference
-from lipfast.ops.context import inside_transforms, is_autocast, is_transformed
+from lipfast.ops.context import (
+    inside_transforms,
+    is_autocast,
+    is_transformed,
+    why_not_transformed,
+)
 
 from .base import LipschitzModule
 
@@ -33,10 +39,6 @@ class KernelModule(LipschitzModule):
             groups=self.groups,
         )
 
-    def _kernel_parameter(self) -> Tensor:
-        """The weight as a kernel, in at least float32."""
-        return as_kernel(self.weight)
-
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
         """Return the kernel (out, in / groups, kh, kw), or matrix (out, in), of evaluation mode.
 
@@ -56,9 +58,28 @@ class KernelModule(LipschitzModule):
 
 
 def as_kernel(weight: Tensor) -> Tensor:
-    """Return a weight (out, in, kh, kw) or (out, in) as a kernel in at least float32."""
+    """Return a weight (out, in, kh, kw) or (out, in) as a kernel in at least float32.
+
+    Or several, from (layers, ...).
+    """
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    return weight if weight.dim() == 4 else weight[:, :, None, None]
+    return weight if weight.dim() >= 4 else weight[..., None, None]
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the tensors behind each other along a new first dimension; a view of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def stacked_kernels(layers: Sequence[Any]) -> Tensor:
+    """Return the layers' weights as kernels (layers, out, in, kh, kw) in at least float32."""
+    return as_kernel(stacked([layer.weight for layer in layers]))
+
+
+@torch.no_grad()
+def write_buffers(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy one value into each buffer, on a GPU in one launch."""
+    torch._foreach_copy_(list(buffers), list(values))
 
 
 def matched_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -74,6 +95,7 @@ def is_channels_last(x: Tensor) -> bool:
     """Whether the memory of x is (n, h, w, c), and not (n, c, h, w) too."""
     return (
         x.dim() == 4
+        and not is_transformed(x)  # torch.func does not say
         and x.is_contiguous(memory_format=torch.channels_last)
         and not x.is_contiguous()
     )
@@ -94,7 +116,7 @@ def gram_backend() -> str | None:
 
 def sound_backend(weight: Tensor) -> str:
     """The backend that builds the weights of evaluation mode, in float64 on any device."""
-    published = backends.forced() == "reference" or is_transformed(weight)
+    published = backends.forced() == "reference" or why_not_transformed(weight) is not None
     return "reference" if published else "torch"
 
 

@@ -1,6 +1,7 @@
 """LOT: layer-wise orthogonal training (Xu et al., NeurIPS 2022)."""
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -26,16 +27,27 @@ class _LOT(PolarModule, SpectralModule):
         super().__init__(*args, **kwargs)
         self.ridge = float(ridge)
 
-    def _normalised(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.unit_scale(kernel, minimum=1.0)
+    def _build_options(self) -> tuple[Hashable, ...]:
+        return (*super()._build_options(), self.ridge)
+
+    def _normalised(self, layers: Sequence[Any], kernels: Tensor) -> tuple[Tensor, Tensor]:
+        kernels, scale = reference.unit_scale(kernels, minimum=1.0, dim=(1, 2, 3, 4))
+        return kernels, scale.flatten()
 
     def _orthogonalise(
-        self, matrices: Tensor, scale: Tensor, planar: bool, backend: str | None
+        self,
+        layers: Sequence[Any],
+        matrices: Tensor,
+        scale: Tensor,
+        planar: bool,
+        backend: str | None,
     ) -> Tensor:
         published = backends.forced() == "reference"
-        ridge = _PUBLISHED_RIDGE if published else self.ridge
-        scaled_ridge = ridge / scale**2 if ridge else 0.0
-        return self._polar(matrices, backend, planar=planar, ridge=scaled_ridge)
+        ridge: float | Tensor = _PUBLISHED_RIDGE if published else self.ridge
+        if ridge:
+            ridge = ridge / scale**2
+            ridge = ridge[:, None] if planar else ridge
+        return self._polar(layers, matrices, backend, planar=planar, ridge=ridge)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,5 +1,6 @@
 """The residual 1-Lipschitz layers x - W^T (t * relu(W x + b)): CPL and SLL."""
 
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,15 @@ from lipfast import ops, reference
 
 from .base import LipschitzModule, SoundWeights
 from .cayley import initialise_uniform_bias
-from .kernel import as_kernel, assert_map_size, gram_backend, plain_kernel
+from .kernel import (
+    as_kernel,
+    assert_map_size,
+    gram_backend,
+    plain_kernel,
+    stacked,
+    stacked_kernels,
+    write_buffers,
+)
 from .layers import LipschitzConv2d, LipschitzLinear
 
 _MAP_LIMIT = 32  # side of the largest patch on which CPL estimates the norm in training
@@ -40,11 +49,13 @@ class ResidualModule(LipschitzModule):
         nn.init.xavier_normal_(self.weight)
         initialise_uniform_bias(self)
 
-    def _scaled_bias(self, scale: Tensor) -> Tensor:
-        if self.bias is None:
-            return scale.new_zeros(self.weight.shape[0])
+    def _scaled_bias(self, layers: Sequence[Any], scale: Tensor) -> Tensor:
+        """The biases (layers, c) divided by scale, (layers, c) or (layers, 1)."""
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        if not biases:
+            return scale.new_zeros(len(layers), self.weight.shape[0])
         limit = torch.finfo(self.weight.dtype).max  # any bias makes a contraction, Inf makes NaN
-        return (self.bias.to(scale.dtype) / scale).clamp(-limit, limit)
+        return (stacked(biases).to(scale.dtype) / scale).clamp(-limit, limit)
 
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         kernel, bias, scale = weights
@@ -89,22 +100,34 @@ class _CPL(ResidualModule):
         super().reset_parameters()
         nn.init.normal_(self.power_vector)
 
-    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        kernel, scale = reference.unit_scale(as_kernel(self.weight))
-        norm = self._any_map(kernel) if self.norm == "sound" else self._estimate(kernel, map_size)
-        return kernel, self._scaled_bias(scale), 2 * reference.inverse_or_zero(norm**2)
+    def _build_options(self) -> tuple[Hashable, ...]:
+        return (*super()._build_options(), self.norm)
 
-    def _estimate(self, kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
-        patch = self.power_vector[..., : map_size[0], : map_size[1]]
-        norm, vector = ops.conv_norm(kernel, patch.to(kernel.dtype), self.padding_mode)
+    def _stacked_weights(
+        self, layers: Sequence[Any], map_size: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        kernels, scale = reference.unit_scale(stacked_kernels(layers), dim=(1, 2, 3, 4))
+        if self.norm == "sound":
+            norms = self._any_map(kernels)
+        else:
+            norms = self._estimate(layers, kernels, map_size)
+        t = 2 * reference.inverse_or_zero(norms**2)
+        return kernels, self._scaled_bias(layers, scale.view(-1, 1)), t
+
+    def _estimate(
+        self, layers: Sequence[Any], kernels: Tensor, map_size: tuple[int, int]
+    ) -> Tensor:
+        h, w = map_size
+        patches = [layer.power_vector[..., :h, :w] for layer in layers]
+        start = torch.cat(patches).to(kernels.dtype)
+        norms, vectors = ops.conv_norm(kernels, start, self.padding_mode)
         if gram_backend() is None:  # inside torch.func transforms nothing may be written
-            with torch.no_grad():
-                patch.copy_(vector)
-        return norm
+            write_buffers(patches, vectors.split(1))
+        return norms
 
     def _any_map(self, kernel: Tensor) -> Tensor:
         """An upper bound for every map, a fifth above the norm, or up to two thirds if wide."""
-        narrow = kernel.shape[0] <= _FREQUENCY_LIMIT
+        narrow = kernel.shape[-3] <= _FREQUENCY_LIMIT
         return ops.conv_norm_bound(kernel, method="frequency" if narrow else "unfolding")
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
@@ -120,7 +143,8 @@ class _CPL(ResidualModule):
         t = 2 * reference.inverse_or_zero(norm**2)
         t = _round_down(t, dtype)
         bound = (t.double() * norm**2 - 1).clamp_min(1)
-        return SoundWeights((kernel, self._scaled_bias(scale).to(dtype), t), bound)
+        bias = self._scaled_bias([self], scale.view(1, 1))[0]
+        return SoundWeights((kernel, bias.to(dtype), t), bound)
 
 
 class _SLL(ResidualModule):
@@ -136,27 +160,39 @@ class _SLL(ResidualModule):
         super().reset_parameters()
         nn.init.normal_(self.q)
 
-    def _row_sums(self, kernel: Tensor, scale: Tensor, backend: str | None) -> Tensor:
-        scale = scale * kernel.detach().abs().amax(dim=(1, 2, 3))  # the largest tap: 1, or 0
-        q = (self.q.to(kernel.dtype).abs() + _Q_EPSILON) * reference.unit_scale(scale)[0]
-        q = reference.unit_scale(q)[0].clamp_min(_Q_MINIMUM)
-        return ops.gram_bound(kernel, q, axis="out", backend=backend)
+    def _row_sums(
+        self,
+        layers: Sequence[Any],
+        kernels: Tensor,
+        scale: Tensor,
+        backend: str | None,
+    ) -> Tensor:
+        """Row sums (layers, c) of kernels that were divided by scale (layers, c)."""
+        scale = scale * kernels.detach().abs().amax(dim=(2, 3, 4))  # the largest tap: 1, or 0
+        q = stacked([layer.q for layer in layers]).to(kernels.dtype)
+        q = (q.abs() + _Q_EPSILON) * reference.unit_scale(scale, dim=(1,))[0]
+        q = reference.unit_scale(q, dim=(1,))[0].clamp_min(_Q_MINIMUM)
+        return ops.gram_bound(kernels, q, axis="out", backend=backend)
 
-    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        kernel, scale = reference.unit_scale(as_kernel(self.weight), dim=(1, 2, 3))
-        rows = self._row_sums(kernel, scale.flatten(), gram_backend())
+    def _stacked_weights(
+        self, layers: Sequence[Any], map_size: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        kernels, scale = reference.unit_scale(stacked_kernels(layers), dim=(2, 3, 4))
+        scale = scale.flatten(1)
+        rows = self._row_sums(layers, kernels, scale, gram_backend())
         t = 2 * reference.inverse_or_zero(rows)
-        return kernel, self._scaled_bias(scale.flatten()), t
+        return kernels, self._scaled_bias(layers, scale), t
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         kernel, scale = reference.unit_scale(as_kernel(self.weight).double(), dim=(1, 2, 3))
-        scale = scale.flatten()
+        scale = scale.view(1, -1)
         dtype = self.weight.dtype
         kernel = kernel.to(dtype)
-        rows = self._row_sums(kernel.double(), scale, "reference")
+        rows = self._row_sums([self], kernel.double()[None], scale, "reference")[0]
         t = _round_down(2 * reference.inverse_or_zero(rows), dtype)
         bound = (t.double() * rows - 1).amax().clamp_min(1)
-        return SoundWeights((kernel, self._scaled_bias(scale).to(dtype), t), bound)
+        bias = self._scaled_bias([self], scale)[0]
+        return SoundWeights((kernel, bias.to(dtype), t), bound)
 
 
 class CPLConv2d(_CPL, LipschitzConv2d):

@@ -1,6 +1,7 @@
 """SOC: skew orthogonal convolutions (Singla and Feizi, ICML 2021)."""
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,14 @@ from lipfast import ops, reference
 from lipfast.ops.context import inside_transforms
 
 from .base import LipschitzModule, SoundWeights
-from .kernel import as_kernel, kept_channels, plain_kernel
+from .kernel import (
+    as_kernel,
+    kept_channels,
+    plain_kernel,
+    stacked,
+    stacked_kernels,
+    write_buffers,
+)
 from .layers import LipschitzConv2d, LipschitzLinear, positive_int
 from .residual import match_channels
 
@@ -69,13 +77,18 @@ class _SOC(LipschitzModule):
             limit = 1 / math.sqrt(self.out_channels)
             nn.init.uniform_(self.bias, -limit, limit)
         if self.norm == "spectral":
-            kernel = self._unit_skew_kernel(self.weight)
-            vector = torch.arange(self.power_vector.numel(), device=kernel.device)
-            vector = vector.to(kernel.dtype).cos().reshape(self.power_vector.shape)
-            vector = vector / vector.norm(dim=(0, 2), keepdim=True)
-            for _ in range(_FIRST_STEPS):
-                _, vector = reference.skew_power_iteration(kernel, vector, self._side)
-            self.power_vector.copy_(vector)
+            self.reset_power_vector()
+
+    @torch.no_grad()
+    def reset_power_vector(self) -> None:
+        """Start the power iteration again from fixed vectors, close to the norm of the weight."""
+        kernel = self._unit_skew_kernel(self.weight)
+        vector = torch.arange(self.power_vector.numel(), device=kernel.device)
+        vector = vector.to(kernel.dtype).cos().reshape(self.power_vector.shape)
+        vector = vector / vector.norm(dim=(0, 2), keepdim=True)
+        for _ in range(_FIRST_STEPS):
+            _, vector = reference.skew_power_iteration(kernel, vector, self._side)
+        self.power_vector.copy_(vector)
 
     @property
     def _side(self) -> int:
@@ -91,19 +104,27 @@ class _SOC(LipschitzModule):
         return (1.0 if taps == 1 else _CORRECTION * math.sqrt(taps)) * (1 + 1e-6)
 
     def _unit_skew_kernel(self, weight: Tensor) -> Tensor:
-        kernel = reference.skew_kernel(reference.unit_scale(as_kernel(weight))[0])
-        return reference.unit_scale(kernel)[0]
+        """The kernel of a weight, or those of several in (layers, ...), with largest tap 1."""
+        taps = (-4, -3, -2, -1)
+        kernel, _ = reference.unit_scale(as_kernel(weight), dim=taps)
+        return reference.unit_scale(reference.skew_kernel(kernel), dim=taps)[0]
 
-    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        kernel = self._unit_skew_kernel(self.weight)
+    def _build_options(self) -> tuple[Hashable, ...]:
+        return (*super()._build_options(), self.series, self.terms, self.norm)
+
+    def _stacked_weights(
+        self, layers: Sequence[Any], map_size: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        kernels = self._unit_skew_kernel(stacked_kernels(layers))
         if self.norm == "unfolding":
-            return (self._scaled_by_unfoldings(kernel, squarings=5)[0],)
-        vector = self.power_vector.to(kernel.dtype)
-        norm, vector = reference.skew_power_iteration(kernel, vector, self._side)
+            return (self._scaled_by_unfoldings(kernels, squarings=5)[0],)
+        buffers = [layer.power_vector for layer in layers]
+        start = stacked(buffers).to(kernels.dtype)
+        norms, vectors = reference.skew_power_iteration(kernels, start, self._side)
         if not inside_transforms():
-            with torch.no_grad():
-                self.power_vector.copy_(vector)
-        return (kernel * (self._norm_limit / _MARGIN * reference.inverse_or_zero(norm)),)
+            write_buffers(buffers, vectors.unbind())
+        factors = self._norm_limit / _MARGIN * reference.inverse_or_zero(norms)
+        return (kernels * factors.view(-1, 1, 1, 1, 1),)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         kernel = self._unit_skew_kernel(self.weight.double())
@@ -138,7 +159,7 @@ class _SOC(LipschitzModule):
     def _scaled_by_unfoldings(self, kernel: Tensor, *, squarings: int) -> tuple[Tensor, Tensor]:
         norm = reference.unfolding_bound(kernel, skew=True, squarings=squarings)
         scale = self._norm_limit / (1 + 1e-6) * reference.inverse_or_zero(norm)
-        return kernel * scale, norm * scale
+        return kernel * scale[..., None, None, None, None], norm * scale
 
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
         (kernel,) = weights

@@ -1,5 +1,8 @@
 """Layers that are orthogonalised frequency by frequency (LOT, Cayley)."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,7 +10,7 @@ from torch import Tensor, nn
 from lipfast import ops, reference
 
 from .base import SoundWeights
-from .kernel import KernelModule, as_kernel, sound_backend
+from .kernel import KernelModule, sound_backend, stacked_kernels
 from .plain_fourier import plain_fourier
 
 
@@ -23,34 +26,47 @@ class SpectralModule(KernelModule):
         return self.kernel_size != (1, 1)
 
     def _orthogonalise(
-        self, matrices: Tensor, scale: Tensor, planar: bool, backend: str | None
+        self,
+        layers: Sequence[Any],
+        matrices: Tensor,
+        scale: Tensor,
+        planar: bool,
+        backend: str | None,
     ) -> Tensor:
-        """Return matrices with singular values at most 1 from `matrices` * scale.
+        """Return matrices with singular values at most 1 from `matrices` * scale, layer by layer.
 
-        They are planar, (F, 2, out, in), or one is real, (out, in); `backend` is None in training.
+        They are planar, (layers, F, 2, out, in), or real, (layers, out, in); scale (layers,);
+        `backend` is None in training.
         """
         raise NotImplementedError
 
-    def _normalised(self, kernel: Tensor) -> tuple[Tensor, Tensor]:
-        """Return kernel / s and s: what the transform sees and the factor it must know."""
+    def _normalised(self, layers: Sequence[Any], kernels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return kernels / s and s (layers,): what the transform sees and what it must know."""
         raise NotImplementedError
 
     def _transfer_matrices(
-        self, kernel: Tensor, map_size: tuple[int, int], backend: str | None
+        self,
+        layers: Sequence[Any],
+        kernels: Tensor,
+        map_size: tuple[int, int],
+        backend: str | None,
     ) -> Tensor:
-        kernel, scale = self._normalised(kernel)
+        kernels, scale = self._normalised(layers, kernels)
         if not self._depends_on_map_size:
-            return self._orthogonalise(kernel[:, :, 0, 0], scale, False, backend)
-        spectrum = ops.kernel_spectrum(kernel, self._grid(map_size))
-        return self._orthogonalise(spectrum, scale, True, backend)
+            return self._orthogonalise(layers, kernels[..., 0, 0], scale, False, backend)
+        spectrum = ops.kernel_spectrum(kernels, self._grid(map_size))
+        return self._orthogonalise(layers, spectrum, scale, True, backend)
 
-    def _training_weights(self, map_size: tuple[int, int]) -> tuple[Tensor, ...]:
-        matrices = self._transfer_matrices(as_kernel(self.weight), map_size, None)
-        return (matrices if self._depends_on_map_size else matrices[:, :, None, None],)
+    def _stacked_weights(
+        self, layers: Sequence[Any], map_size: tuple[int, int]
+    ) -> tuple[Tensor, ...]:
+        matrices = self._transfer_matrices(layers, stacked_kernels(layers), map_size, None)
+        return (matrices if self._depends_on_map_size else matrices[..., None, None],)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
-        kernel = as_kernel(self.weight).double()
-        matrices = self._transfer_matrices(kernel, map_size, sound_backend(self.weight))
+        kernels = stacked_kernels([self]).double()
+        backend = sound_backend(self.weight)
+        matrices = self._transfer_matrices([self], kernels, map_size, backend)[0]
         if self._depends_on_map_size:
             matrices = torch.complex(*matrices.unbind(1))
         matrices, bound = reference.contract(matrices)
@@ -115,4 +131,4 @@ class SpectralModule(KernelModule):
         inputs, outputs = channels or (self._inner_channels, self.out_channels)
         spectrum = weights[0][:, :, :outputs, :inputs]
         bias = None if self.bias is None else self.bias[:outputs]
-        return plain_fourier(spectrum, bias, map_size, self._padding(), spectrum.dtype)
+        return plain_fourier(spectrum, bias, map_size, self._padding())

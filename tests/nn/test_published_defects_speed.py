@@ -94,10 +94,10 @@ def test_one_orthogonalisation_for_all_matrices(monkeypatch):
     monkeypatch.setattr(ops, "polar", record)
     for k in (1, 3, 5):
         make_conv("bcop", 8, 8, k)._training_weights((1, 1))
-    assert shapes == [(1, 8, 8), (5, 8, 8), (9, 8, 8)]
+    assert shapes == [(1, 1, 8, 8), (1, 5, 8, 8), (1, 9, 8, 8)]  # of one layer each
     lot = make_conv("lot", 8, 8, 3)
     lot(torch.randn(1, 8, 4, 4))
-    assert shapes[3:] == [(6 * 4, 2, 8, 8)]
+    assert shapes[3:] == [(1, 6 * 4, 2, 8, 8)]
 
 
 def test_composition_multiplies_by_each_factor_once():

@@ -1,0 +1,108 @@
+"""All weights of equal shape in one batched call before a model's forward pass."""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lipfast.nn.base import Prebuilt
+
+from . import plan
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def fuse(model: _Model) -> _Model:
+    """Build the training weights of layers that are built alike in one call, in place.
+
+    In training mode each forward pass of the model first builds, in one batch per group, the
+    weights of all lipfast layers of one method, shape, dtype, device, configuration and, where they
+    depend on it, map size; the layers take them, and afterwards they are gone. Outputs, gradients
+    and buffers are those of the model as it was, to rounding. Layers that fit into no group, or
+    whose map size is not known yet or changes, build their weights themselves, as do all layers in
+    evaluation mode. On a CPU so do layers that are too large to gain.
+
+    Works under `torch.compile` (call it first), autocast and DistributedDataParallel, and on copies
+    of the model; parameters, buffers and the state dict stay as they are. Call it on what is
+    checkpointed (`torch.utils.checkpoint`), not on a model around it: the recomputation runs the
+    hooks of that module alone. A layer that a forward pass leaves out gets zero as its gradient, in
+    place of None, where others of its group run. Calling it again changes nothing.
+
+    Args:
+        model: with at least one lipfast layer; of a DistributedDataParallel the inner module.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: it has no lipfast layer, or it has been compiled.
+    """
+    inner = _inner(model, "fuse")
+    if not plan.lipschitz_layers(inner):
+        raise ValueError(
+            f"fuse: expected a model with lipfast layers, got {type(inner).__name__} without any; "
+            "lipfast.accelerate and lipfast.convert make some"
+        )
+    if is_fused(inner):
+        return model
+    inner.register_forward_pre_hook(_build)
+    inner.register_forward_hook(_take_away, always_call=True)
+    return model
+
+
+def unfuse(model: _Model) -> _Model:
+    """Undo `fuse`, in place; a model that is not fused stays as it is.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: it has been compiled.
+    """
+    inner = _inner(model, "unfuse")
+    for hooks, ours in ((inner._forward_pre_hooks, _build), (inner._forward_hooks, _take_away)):
+        for number in [number for number, hook in hooks.items() if hook is ours]:
+            del hooks[number]
+            inner._forward_hooks_always_called.pop(number, None)
+    return model
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Return whether `fuse` was called on this module itself."""
+    return any(hook is _build for hook in model._forward_pre_hooks.values())
+
+
+def _inner(model: nn.Module, name: str) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: model must be a torch.nn.Module, got {type(model).__name__}")
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    if isinstance(inner, torch._dynamo.OptimizedModule) or inner._compiled_call_impl is not None:
+        raise ValueError(
+            f"{name}: the model has been compiled; call {name} before torch.compile, "
+            "whose graphs do not look at hooks again"
+        )
+    return inner
+
+
+# Functions of the module that they are hooks of, so that they are right on a copy of it.
+
+
+def _build(model: nn.Module, args: Any) -> None:
+    layers, map_sizes = [], []
+    for layer in plan.lipschitz_layers(model).values():
+        map_size = plan.expected_map_size(layer)
+        if layer.training and layer.prebuilt is None and map_size is not None:
+            layers.append(layer)
+            map_sizes.append(map_size)
+    built = []
+    for members, sizes in plan.groups(layers, map_sizes):
+        if len(members) > 1:
+            built.append((members, sizes, plan.build(members, sizes)))
+    for members, sizes, weights in built:
+        for layer, map_size, prebuilt in zip(members, sizes, weights, strict=True):
+            layer.prebuilt = Prebuilt(map_size, prebuilt)
+
+
+def _take_away(model: nn.Module, args: Any, output: Any) -> None:
+    for layer in plan.lipschitz_layers(model).values():
+        layer.prebuilt = None
