@@ -2,7 +2,7 @@
 
 from .checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from .config import TrainConfig
-from .distributed import World, distributed_from_env
+from .distributed import ProcessLost, World, distributed_from_env
 from .loss import margin_cross_entropy
 from .memory import saved_for_backward_bytes
 from .recipes import Recipe, recipe
@@ -12,6 +12,7 @@ from .trainer import CHECKPOINT_NAME, TrainingDiverged, TrainResult, train
 __all__ = [
     "CHECKPOINT_NAME",
     "Checkpoint",
+    "ProcessLost",
     "Recipe",
     "TrainConfig",
     "TrainResult",

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
+
+from lipfast.weights.shard import shard, unshard
+from lipfast.weights.shard_group import ProcessLost
+
+__all__ = ["ProcessLost", "World", "distributed_from_env", "sharded"]
 
 
 class World(NamedTuple):
@@ -20,16 +28,23 @@ class World(NamedTuple):
 
 
 @contextmanager
-def distributed_from_env(device: str = "cpu") -> Iterator[World]:
+def distributed_from_env(device: str = "cpu", *, timeout: float | None = None) -> Iterator[World]:
     """Join the process group that torchrun describes in the environment, and leave it at the end.
 
     Without torchrun's variables this yields World(0, 1, device) and does nothing. With them, a
     "cpu" device uses gloo; a "cuda" device uses NCCL and becomes "cuda:<LOCAL_RANK>".
 
+    Args:
+        device: "cpu" or "cuda".
+        timeout: seconds that a process waits for the others before it gives up with an error;
+            torch's default, 30 minutes for gloo and 10 for NCCL, where it is None.
+
     Raises:
-        ValueError: only some of torchrun's variables are set, or one of them is no number, or the
-            device has no backend.
+        ValueError: only some of torchrun's variables are set, or one of them is no number; the
+            device has no backend; or the timeout is not positive.
     """
+    if timeout is not None and not 0 < timeout < math.inf:
+        raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in names if name not in os.environ]
     if "RANK" in missing and "WORLD_SIZE" in missing:
@@ -47,11 +62,26 @@ def distributed_from_env(device: str = "cpu") -> Iterator[World]:
         torch.cuda.set_device(local_rank)
     elif kind != "cpu":
         raise ValueError(f'device must be "cpu" or "cuda" for several processes, got {device!r}')
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        rank=rank,
+        world_size=world_size,
+        timeout=None if timeout is None else timedelta(seconds=timeout),
+    )
     try:
         yield World(rank, world_size, device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def sharded(model: nn.Module) -> Iterator[None]:
+    """`lipfast.shard` the model for a while."""
+    shard(model)
+    try:
+        yield
+    finally:
+        unshard(model)
 
 
 def _number(name: str) -> int:

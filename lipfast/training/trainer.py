@@ -18,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 import lipfast
 from lipfast.data import DeviceLoader
 from lipfast.nn.convergence import warn_of_unconverged_layers
+from lipfast.weights.shard_group import answers_expected
 
 from .checkpoint import Checkpoint, check_same, load_checkpoint, restore_model, save_checkpoint
 from .config import TrainConfig
+from .distributed import sharded
 from .loss import margin_cross_entropy
 from .progress import ProgressBar
 from .schedule import one_cycle
@@ -76,6 +78,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     on_epoch: Callable[[int, float], None] | None = None,
+    shard_weights: bool = False,
 ) -> TrainResult:
     """Train a model with SGD, momentum and a one-cycle learning rate; leave it in eval mode.
 
@@ -98,9 +101,11 @@ def train(
             was.
         progress: show a progress bar.
         on_epoch: called after every epoch with its number, from 1, and its mean loss.
+        shard_weights: `lipfast.shard` the model; the result is the same, to rounding.
 
     Raises:
         TrainingDiverged: the loss or the weights are NaN or Inf; the last good checkpoint stays.
+        ProcessLost: another process ended, or did not answer within the process group's timeout.
         FileNotFoundError: nothing to resume from.
         ValueError: loader, process group, checkpoint and config do not fit together.
     """
@@ -119,12 +124,14 @@ def train(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with (
+        sharded(model) if shard_weights else nullcontext(),
         ProgressBar(len(loader), config.epochs, len(run.losses))
         if progress and main
-        else nullcontext() as bar
+        else nullcontext() as bar,
     ):
         for epoch in range(len(run.losses), config.epochs):
-            loss = run.epoch(epoch, bar, path)
+            with answers_expected(None) if loader.world_size > 1 else nullcontext():
+                loss = run.epoch(epoch, bar, path)
             if main:
                 warn_of_unconverged_layers(model)
             if path is not None and main:

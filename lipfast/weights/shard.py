@@ -7,13 +7,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from lipfast.nn.base import LipschitzModule
 from lipfast.ops.context import inside_transforms
 
+from .fuse import _inner, is_fused
+from .plan import lipschitz_layers
 from .shard_group import Control, fingerprint
 from .shard_plan import Entry, Plan
 from .shard_step import Step
@@ -34,8 +35,9 @@ def shard(model: _Model, group: dist.ProcessGroup | None = None) -> _Model:
 
     Layers whose weights depend on the size of the map join from the second forward pass of an input
     shape on. A layer that is called several times in one forward pass gets its weights built once.
-    Inside torch.compile and torch.func every process builds its own weights. Without a process
-    group, or in a group of one, nothing changes.
+    Inside torch.compile and torch.func every process builds its own weights. Of a model that is
+    fused (`lipfast.fuse`, before or after) every process builds its share in batches. Without a
+    process group, or in a group of one, nothing changes; nor when it is called again.
 
     Every process of the group calls this with the same model, and takes part in every forward and
     backward pass in training mode with inputs of the same size (the batch size may differ).
@@ -49,27 +51,33 @@ def shard(model: _Model, group: dist.ProcessGroup | None = None) -> _Model:
 
     Raises:
         TypeError: the model is no module.
-        ValueError: it has no lipfast layer, layers on several devices or on meta, DTensor
-            parameters (FSDP shards those itself), or is sharded; or the processes' models differ.
+        ValueError: it has no lipfast layer, layers on several devices or on meta, or DTensor
+            parameters (FSDP); it has been compiled; some of its layers are sharded otherwise; or
+            the processes' models differ.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    inner = model.module if isinstance(model, DistributedDataParallel) else model
-    layers = {n: m for n, m in inner.named_modules() if isinstance(m, LipschitzModule)}
+    inner = _inner(model, "shard")
+    layers = lipschitz_layers(inner)
     if not layers:
-        raise ValueError(f"model: expected a network with lipfast layers, {_name(inner)} has none")
-    if any(_hooks_of(layer) for layer in layers.values()):
-        raise ValueError("model: its layers are sharded already; lipfast.weights.unshard undoes it")
+        name = type(inner).__name__
+        raise ValueError(f"shard: expected a model with lipfast layers, got {name} without any")
+    before = [sharding for layer in layers.values() for sharding in _hooks_of(layer)]
+    if any(hook.group is group for hook in _hooks_of(inner)):
+        return model
+    if before:
+        raise ValueError(
+            "shard: layers of the model are sharded already, in another group or with another "
+            f"module: {', '.join(before[0].names)}; lipfast.weights.unshard undoes it"
+        )
     _refuse_dtensors(layers)
     devices = {str(p.device) for layer in layers.values() for p in layer.parameters()}
     if len(devices) != 1 or "meta" in devices:
         raise ValueError(
-            f"model: expected all lipfast layers on one device, got {', '.join(sorted(devices))}"
+            f"shard: expected all lipfast layers on one device, got {', '.join(sorted(devices))}"
         )
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return model
     if dist.get_rank(group) < 0:
-        raise ValueError("group: expected a group that this process is in")
+        raise ValueError("shard: expected a group that this process is in")
     sharding = _Sharding(layers, group)
     sharding.check_models()
     sharding.attach(inner)
@@ -77,10 +85,9 @@ def shard(model: _Model, group: dist.ProcessGroup | None = None) -> _Model:
 
 
 def unshard(model: _Model) -> _Model:
-    """Undo `shard` in place and return the model; a model that is not sharded stays as it is."""
-    for module in model.modules():
-        for sharding in _hooks_of(module):
-            sharding.detach()
+    """Undo `shard`, in place, and return the model; one that is not sharded stays as it is."""
+    for sharding in _hooks_of(_inner(model, "unshard")):
+        sharding.detach()
     return model
 
 
@@ -97,12 +104,12 @@ class _Sharding:
         self.map_sizes: dict[tuple[Any, ...], dict[int, tuple[int, int]]] = {}
         self.plans: dict[tuple[Any, ...], Plan] = {}
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _idle, ()
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": [], "handles": [], "step": None, "signature": None}
 
     def attach(self, model: nn.Module) -> None:
         self.handles = [
-            model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+            model.register_forward_pre_hook(self.before_model, with_kwargs=True, prepend=True),
             model.register_forward_hook(self.after_model, always_call=True),
             *(layer.register_forward_pre_hook(self.before_layer) for layer in self.layers),
         ]
@@ -128,7 +135,7 @@ class _Sharding:
                 first, other = next(p for p in zip(every[0], theirs, strict=True) if p[0] != p[1])
                 difference = f"{' '.join(first)} and {' '.join(other)}"
             raise ValueError(
-                "model: expected the same lipfast layers in every process, rank 0 and rank "
+                "shard: expected the same lipfast layers in every process, rank 0 and rank "
                 f"{rank} have {difference}"
             )
 
@@ -156,18 +163,22 @@ class _Sharding:
                 entries.append(Entry(number, (1, 1)))
             elif number in sizes:
                 entries.append(Entry(number, sizes[number]))
-        plan = self._agree(entries, len(active))
-        if not entries:
-            return
         parameters = {id(p): p for e in entries for p in self.layers[e.layer].parameters()}
         wanted = [p for p in parameters.values() if p.requires_grad]
         if any(p._backward_hooks for p in wanted):
             raise ValueError(
-                "model: hooks on the parameters of sharded layers would run twice; expected "
+                "shard: hooks on the parameters of sharded layers would run twice; expected "
                 "register_post_accumulate_grad_hook, got register_hook"
             )
-        self.step = Step(self.layers, plan, wanted, self.control, self.group)
-        self.step.begin()
+        plan = self._agree(entries, len(active))
+        if not entries:
+            return
+        self.step = Step(self.layers, plan, wanted, self.control, self.group, is_fused(module))
+        try:
+            self.step.begin()
+        except BaseException:
+            self.step.abandon()
+            raise
 
     def before_layer(self, layer: nn.Module, args: Any) -> None:
         if self.step is not None and layer.training:
@@ -217,23 +228,9 @@ class _Sharding:
         return plan
 
 
-class _Idle:
-    """In place of the hooks' owner in a copy of a sharded model, which is not sharded."""
-
-    def before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None: ...
-
-    def before_layer(self, layer: nn.Module, args: Any) -> None: ...
-
-    def after_model(self, module: nn.Module, args: Any, output: Any) -> None: ...
-
-
-def _idle() -> _Idle:
-    return _Idle()
-
-
 def _hooks_of(module: nn.Module) -> list[_Sharding]:
     owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-    return [owner for owner in owners if isinstance(owner, _Sharding)]
+    return [owner for owner in owners if isinstance(owner, _Sharding) and owner.layers]
 
 
 def _refuse_dtensors(layers: dict[str, LipschitzModule]) -> None:
@@ -241,7 +238,7 @@ def _refuse_dtensors(layers: dict[str, LipschitzModule]) -> None:
         for parameter in layer.parameters():
             if type(parameter) not in (nn.Parameter, Tensor) and hasattr(parameter, "full_tensor"):
                 raise ValueError(
-                    f"model: {name} has DTensor parameters, as FSDP makes them; lipfast.shard "
+                    f"shard: {name} has DTensor parameters, as FSDP makes them; lipfast.shard "
                     "needs whole parameters in every process (DistributedDataParallel)"
                 )
 
@@ -249,7 +246,3 @@ def _refuse_dtensors(layers: dict[str, LipschitzModule]) -> None:
 def _parameters_text(layer: LipschitzModule) -> str:
     tensors = [*layer.named_parameters(), *layer.named_buffers()]
     return ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors)
-
-
-def _name(module: nn.Module) -> str:
-    return type(module).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -12,21 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from lipfast.nn.base import LipschitzModule, Prebuilt
 
-from .shard_group import Control, all_gather_single, answers_expected
-from .shard_plan import Bucket, Entry, Layout, Plan
-
-
-class _Sent(NamedTuple):
-    """A collective on its way: `buffer` holds every rank's part once `work` is done."""
-
-    work: dist.Work
-    buffer: Tensor
-
-
-class _Summand(NamedTuple):
-    bucket: int
-    dtype: torch.dtype
-    sent: _Sent
+from .plan import build, groups
+from .shard_exchange import Exchange, Sent, SentGradients
+from .shard_group import Control
+from .shard_plan import Entry, Layout, Plan
 
 
 class Step:
@@ -43,6 +32,7 @@ class Step:
         parameters: of the layers, those that want a gradient, each once.
         control: of the process group.
         group: the process group that carries weights and gradients.
+        fused: build the own share in batches, as `fuse` does.
     """
 
     def __init__(
@@ -52,31 +42,35 @@ class Step:
         parameters: Sequence[Tensor],
         control: Control,
         group: dist.ProcessGroup | None,
+        fused: bool,
     ) -> None:
-        self.layers, self.plan, self.control, self.group = layers, plan, control, group
+        self.layers, self.plan, self.control, self.fused = layers, plan, control, fused
         self.parameters = list(parameters)
-        self.rank = dist.get_rank(group)
         self.device = layers[0].weight.device
+        self.exchange = Exchange(group, self.device)
         self._built: dict[int, tuple[Tensor, ...]] | None = {}
         self._error: Exception | None = None
-        self._sent: dict[int, _Sent] = {}
+        self._sent: dict[int, Sent] = {}
         self._bucket_of: dict[LipschitzModule, int] = {}
-        self._summands: list[_Summand] = []
+        self._gradients: list[tuple[int, SentGradients]] = []  # with the number of their bucket
         self._tokens: tuple[Tensor, ...] = ()
 
     # Forward -------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Build the own share and send it; returns before the others' shares are here."""
+        if self.fused or not self.plan.buckets:
+            self._build(self.plan.entries)
         if not self.plan.buckets:
-            for entry in self.plan.entries:
-                self._build(entry)
             self.plan.set_layouts(self._agree_on_layouts())
         for number, bucket in enumerate(self.plan.buckets):
+            self._build(bucket.entries)
+            failed = self._error is not None
+            self._sent[number] = self.exchange.send_weights(bucket, self._own_tensors, failed)
             for entry in bucket.entries:
-                self._bucket_of[self.layers[entry.layer]] = number
-                self._build(entry)
-            self._sent[number] = self._send_weights(bucket)
+                layer = self.layers[entry.layer]
+                self._bucket_of[layer] = number
+                layer.prebuilt = Prebuilt(entry.map_size, ())  # on its way: nobody else builds it
         self._tokens = tuple(torch.zeros(1, device=self.device) for _ in self.plan.buckets)
         if self.parameters:
             self._tokens = _Build.apply(self, *self._tokens, *self.parameters)
@@ -84,27 +78,20 @@ class Step:
     def finish(self, layer: Any) -> None:
         """Wait for the weights of the layer's bucket, where they are still on their way."""
         number = self._bucket_of.get(layer)
-        if number in self._sent:
+        if number not in self._sent:
+            return
+        try:
             self._receive(number)
+        except BaseException:
+            self.abandon()
+            raise
 
     def _receive(self, number: int) -> None:
         """Give a bucket's weights and buffers to its layers."""
-        bucket, sent = self.plan.buckets[number], self._sent.pop(number)
-        with answers_expected(self.group):
-            sent.work.wait()
-        segments = sent.buffer.view(self.control.ranks, -1)
-        if self.device.type == "cpu" and bool(segments[:, 0].any()):
-            self.raise_together()
-        offsets, _ = bucket.offsets(self.control.ranks)
-        received: list[list[Tensor]] = []
-        for owner, layout, places in zip(bucket.owners, bucket.layouts, offsets, strict=True):
-            items = (*layout.weights, *layout.buffers)
-            received.append(
-                [
-                    segments[owner, place : place + item.n_bytes].view(item.dtype).view(item.shape)
-                    for item, place in zip(items, places, strict=True)
-                ]
-            )
+        bucket = self.plan.buckets[number]
+        received = self.exchange.weights(bucket, self._sent.pop(number))
+        if received is None:
+            self._raise_together()
         weights = iter(_Gather.apply(self, number, self._tokens[number], received))
         for entry, layout, tensors in zip(bucket.entries, bucket.layouts, received, strict=True):
             layer = self.layers[entry.layer]
@@ -115,27 +102,46 @@ class Step:
                 for buffer, value in zip(layer.buffers(), new, strict=True):
                     buffer.copy_(value)
 
+    def abandon(self) -> None:
+        """Wait for nothing more."""
+        self._sent.clear()
+
     def end(self) -> None:
         """Take the weights from the layers, whether all of them were called or not."""
-        for number in list(self._sent):
-            self._receive(number)
-        for entry in self.plan.entries:
-            self.layers[entry.layer].prebuilt = None
+        try:
+            for number in list(self._sent):
+                self._receive(number)
+        finally:
+            for entry in self.plan.entries:
+                self.layers[entry.layer].prebuilt = None
+            self._tokens = ()  # their graph holds this step, which would hold its graph
 
-    def _build(self, entry: Entry) -> None:
+    def _build(self, entries: Sequence[Entry]) -> None:
         assert self._built is not None
-        owned = self.plan.owner(entry) == self.rank
-        if not owned or entry.layer in self._built or self._error is not None:
+        own = [
+            e
+            for e in entries
+            if self.plan.owner(e) == self.exchange.rank and e.layer not in self._built
+        ]
+        if self._error is not None:
             return
         try:
             with torch.enable_grad():
-                weights = self.layers[entry.layer].training_weights(entry.map_size)
+                self._built.update(self._weights_of(own))
         except Exception as error:  # the others would wait for this rank: they are told instead
             if self.device.type != "cpu":
                 raise
             self._error = error
-            return
-        self._built[entry.layer] = weights
+
+    def _weights_of(self, entries: Sequence[Entry]) -> dict[int, tuple[Tensor, ...]]:
+        if not self.fused:
+            return {e.layer: self.layers[e.layer].training_weights(e.map_size) for e in entries}
+        number_of = {self.layers[e.layer]: e.layer for e in entries}
+        built = {}
+        for members, sizes in groups(number_of, [e.map_size for e in entries]):
+            for layer, weights in zip(members, build(members, sizes), strict=True):
+                built[number_of[layer]] = weights
+        return built
 
     def _agree_on_layouts(self) -> dict[int, Layout]:
         own = {
@@ -144,10 +150,10 @@ class Step:
         }
         every = self.control.tell_object(None if self._error is not None else own)
         if any(layouts is None for layouts in every):
-            self.raise_together()
+            self._raise_together()
         return {number: layout for layouts in every for number, layout in layouts.items()}
 
-    def raise_together(self) -> None:
+    def _raise_together(self) -> NoReturn:
         """Raise the error of the rank that could not build its share, on every rank."""
         error = self._error
         own = None if error is None else (isinstance(error, ValueError), str(error))
@@ -158,63 +164,16 @@ class Step:
         kind = ValueError if is_value_error else RuntimeError
         raise kind(f"rank {rank} could not build the weights of its share: {text}")
 
-    def _send_weights(self, bucket: Bucket) -> _Sent:
+    def _own_tensors(self, entry: Entry) -> list[Tensor]:
         assert self._built is not None
-        offsets, n_bytes = bucket.offsets(self.control.ranks)
-        segment = torch.empty(n_bytes, dtype=torch.uint8, device=self.device)
-        segment[:1].fill_(self._error is not None)
-        for entry, places in zip(bucket.entries, offsets, strict=True):
-            weights = self._built.get(entry.layer)
-            if weights is None:
-                continue
-            tensors = [*weights, *self.layers[entry.layer].buffers()]
-            for tensor, place in zip(tensors, places, strict=True):
-                n = tensor.numel() * tensor.element_size()
-                part = segment[place : place + n].view(tensor.dtype).view(tensor.shape)
-                part.copy_(tensor.detach())
-        buffer = segment.new_empty(self.control.ranks * n_bytes)
-        with answers_expected(self.group):
-            work = all_gather_single(buffer, segment, group=self.group, async_op=True)
-        return _Sent(work, buffer)
+        return [*self._built[entry.layer], *self.layers[entry.layer].buffers()]
 
     # Backward ------------------------------------------------------------------------------------
 
     def send_gradients(self, number: int, gradients: Sequence[Tensor | None]) -> None:
         """Send the gradients of a bucket's weights to their owners."""
-        bucket = self.plan.buckets[number]
-        items = [item for layout in bucket.layouts for item in layout.weights]
-        owners = [
-            owner
-            for owner, layout in zip(bucket.owners, bucket.layouts, strict=True)
-            for _ in layout.weights
-        ]
-        for dtype in bucket.dtypes():
-            sizes, parts = [0] * self.control.ranks, []
-            for owner in range(self.control.ranks):
-                for item, gradient, its_owner in zip(items, gradients, owners, strict=True):
-                    if its_owner == owner and item.differentiable and item.dtype == dtype:
-                        sizes[owner] += item.numel
-                        parts.append((item, gradient))
-            outgoing = torch.empty(sum(sizes), dtype=dtype, device=self.device)
-            for (item, gradient), part in zip(
-                parts, outgoing.split([item.numel for item, _ in parts]), strict=True
-            ):
-                if gradient is None:
-                    part.zero_()
-                else:
-                    part.view(item.shape).copy_(gradient)
-            own = sizes[self.rank]
-            incoming = outgoing.new_empty(self.control.ranks * own)
-            with answers_expected(self.group):
-                work = dist.all_to_all_single(
-                    incoming,
-                    outgoing,
-                    [own] * self.control.ranks,
-                    sizes,
-                    group=self.group,
-                    async_op=True,
-                )
-            self._summands.append(_Summand(number, dtype, _Sent(work, incoming)))
+        sent = self.exchange.send_gradients(self.plan.buckets[number], gradients)
+        self._gradients += [(number, part) for part in sent]
 
     def parameter_gradients(self) -> list[Tensor | None]:
         """Return the gradients of `parameters`: of the own layers summed over ranks, else zero."""
@@ -225,18 +184,13 @@ class Step:
             )
         outputs: list[Tensor] = []
         sums: list[Tensor] = []
-        for summand in self._summands:
-            with answers_expected(self.group):
-                summand.sent.work.wait()
-            weights = self._own_weights(summand.bucket, summand.dtype)
-            total = summand.sent.buffer.view(self.control.ranks, -1).sum(0)
-            sizes = [weight.numel() for weight in weights]
+        for number, part in self._gradients:
+            weights = self._own_weights(number, part.dtype)
+            total = self.exchange.sum_over_ranks(part.sent)
+            places = total.split([weight.numel() for weight in weights])
             outputs += weights
-            sums += [
-                part.view(weight.shape)
-                for part, weight in zip(total.split(sizes), weights, strict=True)
-            ]
-        self._summands = []
+            sums += [p.view(w.shape) for p, w in zip(places, weights, strict=True)]
+        self._gradients = []
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
         found: Sequence[Tensor | None] = [None] * len(self.parameters)
         if outputs:
@@ -301,4 +255,4 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.step.send_gradients(ctx.number, gradients)
-        return (None, None, ctx.step._tokens[ctx.number].new_zeros(1), None)
+        return (None, None, torch.zeros(1, device=ctx.step.device), None)
