@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from residual_conv_cases import F64, arguments
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,7 +18,6 @@ from lipfast.ops.residual_conv import _pack, _unpack
 from lipfast.reference import residual_conv as published
 from lipfast.saved import saved_bytes
 
-F64 = torch.float64
 OP = torch.ops.lipfast.residual_conv.default
 CASES = list(itertools.product(("zeros", "circular"), (1, 3, 5, (3, 1)), (2, 3, 5)))
 
@@ -28,28 +28,6 @@ def chosen_everywhere(request, monkeypatch):
     if request.node.originalname != "test_choice_of_backend":
         rules = tuple(backends._Rule(device, 0, ("torch",)) for device in ("cpu", "cuda"))
         monkeypatch.setitem(backends._FASTEST, "residual_conv", rules)
-
-
-def arguments(
-    shape: tuple[int, ...] = (2, 3, 4, 5),
-    hidden: int = 3,
-    k: int | tuple[int, int] = 3,
-    *,
-    bias: bool = True,
-    scalar: bool = False,
-    dtype: torch.dtype = F64,
-    seed: int = 0,
-) -> list[Tensor | None]:
-    """x, kernel, bias and scale, all with gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    kh, kw = (k, k) if isinstance(k, int) else k
-    sizes = [shape, (hidden, shape[1], kh, kw), (hidden,) if bias else None]
-    tensors = [
-        None if size is None else torch.randn(size, generator=generator, dtype=F64)
-        for size in sizes
-    ]
-    tensors.append(torch.rand(() if scalar else hidden, generator=generator, dtype=F64) + 0.1)
-    return [None if t is None else t.to(dtype).requires_grad_() for t in tensors]
 
 
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor | None], mode: str):
@@ -280,46 +258,3 @@ BAD_ARGUMENTS: list[tuple[Callable[[], object], type[Exception], str]] = [
 def test_refuses(call, error, text):
     with pytest.raises(error, match=text):
         call()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("mode", ["zeros", "circular"])
-def test_gpu_equals_the_published_form_in_float64(mode, layout):
-    inputs = [t.detach().cuda() for t in arguments((4, 8, 9, 7), 12)]
-    inputs[0] = inputs[0].contiguous(memory_format=layout)
-    inputs = [t.requires_grad_() for t in inputs]
-    y, other = (f(*inputs, mode) for f in (residual_conv, published))
-    grad = torch.randn_like(y)
-    ours, theirs = (torch.autograd.grad(out, inputs, grad) for out in (y, other))
-    for a, b in zip([y, *ours], [other, *theirs], strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("mode", ["zeros", "circular"])
-@pytest.mark.parametrize("hidden", [12, 32])
-def test_gpu_triton_is_as_near_to_float64_as_the_published_form(hidden, mode, layout):
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        inputs = [t.detach().cuda().float() for t in arguments((4, 16, 9, 7), hidden)]
-        inputs[0] = inputs[0].contiguous(memory_format=layout)
-        inputs = [t.requires_grad_() for t in inputs]
-        wide = [t.detach().double().requires_grad_() for t in inputs]
-        grad = torch.randn_like(inputs[0])
-        values = []
-        for function, given, options in [
-            (published, wide, {}),
-            (residual_conv, inputs, {"backend": "triton"}),
-            (published, inputs, {}),
-        ]:
-            y = function(*given, mode, **options)
-            values.append([y, *torch.autograd.grad(y, given, grad.to(y.dtype))])
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
-    for exact, ours, theirs in zip(*values, strict=True):
-        error, other = ((t.double() - exact).norm() for t in (ours, theirs))
-        floor = 4 * torch.finfo(torch.float32).eps * exact.norm()
-        assert error <= 2 * other + floor
