@@ -14,7 +14,7 @@ BATCH = 256
 TARGET = 2.0  # times the speed of eager steps, for XS
 
 
-@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is available")
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("size", ["XS", "S"])
 @pytest.mark.parametrize("method", METHODS)
