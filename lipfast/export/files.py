@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .certificate import Certificate, check_fingerprint, from_json, to_json
-from .plain import lipfast_modules, to_plain
+from .certificate import Certificate, from_json, to_json
+from .plain import to_plain
 
 _KEY = "lipfast.certificate"
 _EXTRA_FILE = "lipfast_certificate.json"
@@ -95,7 +95,7 @@ def to_safetensors(model: nn.Module, path: Path_, input_size: Size = None) -> No
         ValueError: the path or the weights do not fit, or `to_plain` refuses the model.
     """
     _check_suffix(path, ".safetensors")
-    plain = _plain(model, input_size)
+    plain = to_plain(model, input_size)
     # a shared module's tensors under each of its names
     state = {name: value.contiguous().clone() for name, value in plain.state_dict().items()}
     save_file(state, path, metadata={_KEY: to_json(_certificate(plain))})
@@ -137,7 +137,7 @@ def _check_suffix(path: Path_, suffix: str) -> None:
 
 def _prepared(model: nn.Module, input_size: Size) -> tuple[nn.Module, Tensor]:
     """The plain network, and an input of two samples with its certificate's size."""
-    plain = _plain(model, input_size)
+    plain = to_plain(model, input_size)
     size = _certificate(plain)["input_size"]
     if size is None:
         raise ValueError(
@@ -146,20 +146,6 @@ def _prepared(model: nn.Module, input_size: Size) -> tuple[nn.Module, Tensor]:
     like = next((p for p in plain.parameters() if p.is_floating_point()), torch.empty(0))
     x = input_size if isinstance(input_size, Tensor) else like.new_zeros(1, *size)
     return plain, x.new_zeros(2, *size)
-
-
-def _plain(model: nn.Module, input_size: Size) -> nn.Module:
-    certificate = getattr(model, "certificate", None)
-    if certificate is None or any(lipfast_modules(model)):
-        return to_plain(model, input_size)
-    check_fingerprint(model, certificate)
-    size = input_size.shape[1:] if isinstance(input_size, Tensor) else input_size
-    if size is not None and list(size) != certificate["input_size"]:
-        raise ValueError(
-            f"input_size: expected {certificate['input_size']}, for which the model was made, got "
-            f"{list(size)}"
-        )
-    return model
 
 
 def _certificate(plain: nn.Module) -> Certificate:

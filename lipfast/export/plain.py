@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from lipfast.nn import (
     ZeroChannelPad,
 )
 
-from .certificate import certify, fingerprint
+from .certificate import Certificate, certify, check_fingerprint, fingerprint
 from .merge import Merged, has_hooks, merge
 from .sizes import Shapes, example, record
 
@@ -55,13 +55,18 @@ def to_plain(model: nn.Module, input_size: Sequence[int] | Tensor | None = None)
     Raises:
         TypeError: `model` is no module, or has a lipfast class or subclass without a plain form.
         ValueError: a parameter has no values or is not finite, a map size is unknown or not the
-            only one of its layer, or the model does not take such an input.
+            only one of its layer, the model does not take such an input, or it is plain already
+            and its weights or its input size are not those of its certificate.
         RuntimeError: the copy does not compute the same scores for the input.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     model = _unwrapped(model)
     _check_values(model)
+    if is_plain(model):
+        check_fingerprint(model, model.certificate)  # type: ignore[arg-type]
+        _check_size(model, input_size)
+        return copy.deepcopy(model)
     if input_size is None and isinstance(model, ConvNet):
         input_size = model.config["input_size"]
     with torch.inference_mode(False), torch.no_grad():
@@ -74,6 +79,8 @@ def to_plain(model: nn.Module, input_size: Sequence[int] | Tensor | None = None)
         _check_layers(source, shapes)
         certificate = certify(source, None if x is None else list(x.shape[1:]))
         plain = _Replacement(source, shapes, merged).of(source)
+        if isinstance(plain, fx.GraphModule) and plain is not source:
+            plain = nn.Sequential(plain)  # which keeps the certificate when it is copied
         plain.eval().requires_grad_(False)
         if x is not None:
             _check_output(plain(x), expected)
@@ -82,11 +89,20 @@ def to_plain(model: nn.Module, input_size: Sequence[int] | Tensor | None = None)
     return plain
 
 
-def lipfast_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules whose class, or a base of it, is lipfast's."""
-    for name, module in model.named_modules():
-        if _is_lipfast(module):
-            yield name, module
+def is_plain(model: nn.Module) -> bool:
+    """Whether the module is what `to_plain` returns."""
+    certificate = getattr(model, "certificate", None)
+    known = isinstance(certificate, dict) and Certificate.__required_keys__ <= set(certificate)
+    return known and not any(_is_lipfast(module) for module in model.modules())
+
+
+def _check_size(plain: nn.Module, input_size: Sequence[int] | Tensor | None) -> None:
+    expected = plain.certificate["input_size"]  # type: ignore[index]
+    size = input_size.shape[1:] if isinstance(input_size, Tensor) else input_size
+    if size is not None and expected is not None and list(size) != expected:
+        raise ValueError(
+            f"input_size: expected {expected}, for which the model was made, got {list(size)}"
+        )
 
 
 def _is_lipfast(module: nn.Module) -> bool:
@@ -169,7 +185,8 @@ def _check_output(y: object, expected: object) -> None:
     if not isinstance(y, Tensor) or not isinstance(expected, Tensor):
         return
     tolerance = 1e-3 if expected.dtype.itemsize >= 4 else 0.1
-    if y.shape != expected.shape or bool((y - expected).norm() > tolerance * expected.norm()):
+    # not >: scores that are NaN do not agree
+    if y.shape != expected.shape or not (y - expected).norm() <= tolerance * expected.norm():
         raise RuntimeError(
             "to_plain: the copy does not compute the scores of the model; a module of it may use "
             "its layers in other ways than by calling them"

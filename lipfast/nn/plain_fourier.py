@@ -21,7 +21,6 @@ def plain_fourier(
     bias: Tensor | None,
     map_size: tuple[int, int],
     padding: tuple[int, int],
-    dtype: torch.dtype,
 ) -> nn.Module:
     """Return the plain module of y = crop(irfft2(spectrum(f) rfft2(pad(x))(f))) + bias.
 
@@ -33,7 +32,6 @@ def plain_fourier(
         bias: (out,) or None.
         map_size: (h, w).
         padding: (ph, pw), zeros on each side.
-        dtype: in which the tables are made, at most that of the spectrum in use.
 
     Shapes:
         (n, in, h, w) or (in, h, w) to the same with out.
@@ -49,9 +47,9 @@ def plain_fourier(
     products = in_channels * out_channels
     fourier = kept * products + both * min(direct, separable)
     if (h * w) ** 2 * products <= _DENSE * fourier:
-        return fx.symbolic_trace(_Dense(spectrum, bias, map_size, padding, dtype))
+        return fx.symbolic_trace(_Dense(spectrum, bias, map_size, padding))
     kind = _Direct if direct <= separable else _Separable
-    return fx.symbolic_trace(kind(spectrum, bias, map_size, padding, dtype))
+    return fx.symbolic_trace(kind(spectrum, bias, map_size, padding))
 
 
 class _Fourier(nn.Module):
@@ -64,10 +62,9 @@ class _Fourier(nn.Module):
         bias: Tensor | None,
         map_size: tuple[int, int],
         padding: tuple[int, int],
-        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.map_size, self.dtype = map_size, dtype
+        self.map_size, self.dtype = map_size, spectrum.dtype
         self.grid = (map_size[0] + 2 * padding[0], map_size[1] + 2 * padding[1])
         self.rows, self.columns = (
             range(p, p + size) for p, size in zip(padding, map_size, strict=True)
@@ -117,7 +114,7 @@ class _Direct(_Fourier):
         back = torch.stack([cos + sin, sin - cos, -sin])
         real = torch.tensor(_is_real(self.grid), device=spectrum.device)[frequency][:, None]
         select = torch.arange(len(kept), device=spectrum.device)
-        weight = torch.where(real, 1.0, 2.0) / (h * w)
+        weight = torch.where(real, 1.0, 2.0).double() / (h * w)
         self._keep(
             table=into[kind, select],
             table_out=(back[kind, select] * weight).T,
@@ -141,7 +138,7 @@ class _Separable(_Fourier):
     def _make_tables(self, spectrum: Tensor) -> None:
         h, w = self.grid
         angle = phases(w // 2 + 1, w, self.columns, spectrum.device)
-        multiplicity = torch.full((w // 2 + 1, 1), 2 / (h * w), device=spectrum.device).double()
+        multiplicity = angle.new_full((w // 2 + 1, 1), 2 / (h * w))
         multiplicity[0] /= 2
         if w % 2 == 0:
             multiplicity[-1] /= 2
