@@ -16,11 +16,13 @@ from lipfast.nn.kernel import as_kernel, stacked, write_buffers
 from lipfast.nn.residual import ResidualModule
 from lipfast.ops.context import inside_transforms, is_traced
 
+from .published_layers import FoldedResidual
+
 _TRAINING_EPSILON = 1e-6
 _EVAL_EPSILON = 1e-12
 
 
-class PublishedCPLConv2d(CPLConv2d):
+class PublishedCPLConv2d(FoldedResidual, CPLConv2d):
     """CPL with t = 2 / (s^2 + 1e-6), s the published estimate of the norm.
 
     One step of the power iteration in training and `eval_steps` in evaluation mode, both from the

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lipfast import ops, reference
+from lipfast import backends, ops, reference
 from lipfast.nn import BCOPConv2d, CayleyConv2d, LOTConv2d, SLLConv2d
 from lipfast.nn.base import SoundWeights
 from lipfast.nn.kernel import (
@@ -18,6 +18,7 @@ from lipfast.nn.kernel import (
     stacked_kernels,
 )
 from lipfast.nn.layers import LipschitzLinear
+from lipfast.nn.residual import ResidualModule
 
 _EPSILON = 1e-6
 
@@ -102,8 +103,22 @@ class PublishedCayleyConv2d(CayleyConv2d):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class PublishedSLLConv2d(SLLConv2d):
-    """SLL with 1e-6 added to the sums T_ii."""
+class FoldedResidual(ResidualModule):
+    """On a CPU -t is folded into the kernel of the second convolution: no product of maps."""
+
+    def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        if x.device.type != "cpu" or backends.forced() is not None:
+            return super()._run(x, weights)
+        kernel, bias, scale = weights
+        padding = (kernel.shape[-2] // 2, kernel.shape[-1] // 2)
+        scale = -scale if scale.dim() == 0 else -scale[:, None, None, None]
+        hidden = F.conv2d(x, kernel, bias, padding=padding).relu()
+        second = F.conv_transpose2d(hidden, kernel * scale, padding=padding)
+        return second.add_(x) if second.dtype == x.dtype else x + second
+
+
+class PublishedSLLConv2d(FoldedResidual, SLLConv2d):
+    """SLL with 1e-6 added to the sums T_ii, zero padding and as many inputs as outputs."""
 
     def _row_sums(
         self, layers: Sequence[Any], kernels: Tensor, scale: Tensor, backend: str | None

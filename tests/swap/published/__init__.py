@@ -6,7 +6,7 @@ published with the paper (github.com/berndprach/1LipschitzLayersCompared), defec
 
 from .dense import BjorckLinear, BnBLinearBCOP, CayleyLinear
 from .kernels import BCOP, AOLConv2d
-from .network import LAYERS, network
+from .network import LAYERS, forget_weights, network
 from .residual import SOC, CPLConv2d, MaxMin, SLLConv2d
 from .spectral import LOT, CayleyConv
 
@@ -23,5 +23,6 @@ __all__ = [
     "CayleyLinear",
     "MaxMin",
     "SLLConv2d",
+    "forget_weights",
     "network",
 ]

@@ -30,7 +30,7 @@ def bjorck_steps(matrix: Tensor, steps: int, scaled: bool) -> Tensor:
         return bjorck_steps(matrix.mT, steps, scaled).mT
     if scaled:
         with torch.no_grad():
-            u = torch.randn(*matrix.shape[:-1], 1, dtype=matrix.dtype)
+            u = torch.randn(*matrix.shape[:-1], 1, dtype=matrix.dtype, device=matrix.device)
             for _ in range(10):
                 v = F.normalize(matrix.mT @ u, dim=-2)
                 u = F.normalize(matrix @ v, dim=-2)
@@ -45,7 +45,7 @@ Blocks = dict[tuple[int, int], Tensor]
 
 
 def _block(p: Tensor, q: Tensor) -> Blocks:
-    identity = torch.eye(len(p), dtype=p.dtype)
+    identity = torch.eye(len(p), dtype=p.dtype, device=p.device)
     rows, columns = (p, identity - p), (q, identity - q)
     return {(i, j): rows[i] @ columns[j] for i in range(2) for j in range(2)}
 

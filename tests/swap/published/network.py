@@ -64,3 +64,11 @@ def network(method: str, *, width: int = 16, blocks: int = 5, layers: int = 5) -
     parts["ClassificationHead"] = head
     parts["FirstChannels"] = FirstChannels(10)
     return nn.Sequential(parts)
+
+
+def forget_weights(model: nn.Module) -> None:
+    """Clear what the layers cache: it survives steps of an optimizer and forbids copies."""
+    names = ("weight", "w_cached", "val_cache", "val_rescaling_cached", "Q_cached")
+    for module in model.modules():
+        module.__dict__.update({name: None for name in names if name in module.__dict__})
+        module.__dict__.pop("shift_matrix", None)  # of another dtype after .double()

@@ -43,7 +43,7 @@ class CPLConv2d(nn.Module):
         hidden = F.conv_transpose2d(hidden, self.kernel, padding=self.tp_padding)
         if not self.u_initialized:
             shape = (1, self.kernel.shape[0], *x.shape[-2:])
-            self.register_buffer("u", torch.randn(shape, dtype=x.dtype))
+            self.register_buffer("u", torch.randn(shape, dtype=x.dtype, device=x.device))
             self.u_initialized = True
         if self.training:
             self.val_rescaling_cached = None

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lipfast import reference
 
 
-def shift_matrix(n: int, shift: int) -> Tensor:
-    index = torch.arange(n)
+def shift_matrix(n: int, shift: int, dtype: torch.dtype) -> Tensor:
+    index = torch.arange(n, dtype=dtype)
     return torch.exp(2j * math.pi * shift / n * (index[:, None] + index))
 
 
@@ -28,7 +28,8 @@ class LOT(nn.Conv2d):
                     self.bias.zero_()
 
     def calculate_wfft(self, n):
-        shift = shift_matrix(n, -(self.kernel_size[0] - 1) // 2)
+        shift = shift_matrix(n, -(self.kernel_size[0] - 1) // 2, self.weight.dtype)
+        shift = shift.to(self.weight.device)
         spectrum = (shift * torch.fft.fft2(self.weight, (n, n)).conj()).flatten(2).permute(2, 0, 1)
         steps = self.iter_T if self.training else self.eval_iter_T
         return _newton(spectrum, steps)
@@ -53,7 +54,7 @@ class LOT(nn.Conv2d):
 
 def _newton(v: Tensor, steps: int) -> Tensor:
     """On V V^H, of the size of the outputs, however many inputs there are."""
-    identity = torch.eye(v.shape[1], dtype=v.dtype)
+    identity = torch.eye(v.shape[1], dtype=v.dtype, device=v.device)
     s = v @ v.mH + 1e-4 * identity
     norm = torch.linalg.matrix_norm(s, keepdim=True) + 1e-4
     y, z = s / norm, identity.expand_as(s)
@@ -74,15 +75,15 @@ class CayleyConv(nn.Conv2d):
         spectrum = self.shift_matrix * spectrum
         norm = spectrum.norm()
         if self.alpha is None:
-            self.alpha = nn.Parameter(torch.tensor(norm.item(), dtype=self.weight.dtype))
+            self.alpha = nn.Parameter(self.weight.new_tensor(norm.item()))
         return reference.cayley(self.alpha * spectrum / norm)
 
     def forward(self, x):
         batch, channels, n, _ = x.shape
         half = n // 2 + 1
         if not hasattr(self, "shift_matrix"):
-            shift = shift_matrix(n, -((self.kernel_size[0] - 1) // 2))
-            self.shift_matrix = shift[:, :half].reshape(n * half, 1, 1)
+            shift = shift_matrix(n, -((self.kernel_size[0] - 1) // 2), x.dtype)
+            self.shift_matrix = shift[:, :half].reshape(n * half, 1, 1).to(x.device)
         if self.training:
             self.val_cache = None
             w_hat = self.get_weight_fft(n)
