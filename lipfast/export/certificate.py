@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lipfast
-from lipfast.certify import lipschitz_bound, lipschitz_bounds
-from lipfast.nn import LipschitzModule
+from lipfast.certify import lipschitz_bound
+from lipfast.certify.factors import is_known, module_factor
 
 RADIUS = "margin / (sqrt(2) * lipschitz_bound), margin = score of the class - highest other score"
 ROUNDING = (
@@ -26,17 +26,17 @@ class Certificate(TypedDict):
     norm: str  # of inputs and outputs: "l2"
     lipschitz_bound: float | None  # proved, from the input to the scores; None: see `reason`
     reason: str | None  # why there is no bound
-    layer_bounds: dict[str, float | None]  # proved bound of each layer; None where not finite
+    layer_bounds: dict[str, float | None]  # of layers with parameters; None: no finite one
     radius: str  # how a margin becomes a radius, in the units of the network's input
     rounding: str  # what the bound leaves out
-    input_size: list[int] | None  # without the batch
+    input_size: list[int] | None  # without the batch: the bound is proved for such inputs
     input_normalisation: dict[str, Any] | None  # {"module", "mean", "std"} inside the network
     weights_sha256: str  # of the state_dict: see `fingerprint`
 
 
-def certify(model: nn.Module, input_size: list[int] | None) -> Certificate:
+def certify(model: nn.Module, example: Tensor | None) -> Certificate:
     """Return the certificate of a network in evaluation mode, without the weights' hash."""
-    bound, reason = _bound(model)
+    bound, reason = _bound(model, example)
     return Certificate(
         lipfast_version=lipfast.__version__,
         norm="l2",
@@ -45,7 +45,7 @@ def certify(model: nn.Module, input_size: list[int] | None) -> Certificate:
         layer_bounds=_layer_bounds(model),
         radius=RADIUS,
         rounding=ROUNDING,
-        input_size=input_size,
+        input_size=None if example is None else list(example.shape[1:]),
         input_normalisation=_normalisation(model),
         weights_sha256="",
     )
@@ -84,12 +84,12 @@ def from_json(text: str) -> Certificate:
     return certificate
 
 
-def _bound(model: nn.Module) -> tuple[float | None, str | None]:
+def _bound(model: nn.Module, example: Tensor | None) -> tuple[float | None, str | None]:
     short = sorted({str(p.dtype) for p in model.parameters() if _is_short(p)})
     if short:
         return None, f"parameters in {', '.join(short)}: rounding of such a forward pass is large"
     try:
-        bound = lipschitz_bound(model)
+        bound = _chain_or_graph_bound(model, example)
     except TypeError as error:
         return None, str(error).removeprefix("model: ")
     if not math.isfinite(bound):
@@ -97,17 +97,28 @@ def _bound(model: nn.Module) -> tuple[float | None, str | None]:
     return bound, None
 
 
+def _chain_or_graph_bound(model: nn.Module, example: Tensor | None) -> float:
+    try:
+        return lipschitz_bound(model)
+    except TypeError:
+        if example is None:
+            raise
+    return lipschitz_bound(model, example)
+
+
 def _is_short(parameter: Tensor) -> bool:
     return parameter.is_floating_point() and parameter.dtype.itemsize < 4
 
 
 def _layer_bounds(model: nn.Module) -> dict[str, float | None]:
-    try:
-        bounds = lipschitz_bounds(model)
-    except TypeError:  # some layer has none: those of the others
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, LipschitzModule)}
-        bounds = {name: layer.lipschitz_bound() for name, layer in layers.items()}
-    return {name: bound if math.isfinite(bound) else None for name, bound in bounds.items()}
+    bounds: dict[str, float | None] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other in bounds)
+        has_parameters = next(module.parameters(recurse=False), None) is not None
+        if has_parameters and not inside and is_known(module):
+            value = module_factor(module).value
+            bounds[name] = value if value is not None and math.isfinite(value) else None
+    return bounds
 
 
 def _normalisation(model: nn.Module) -> dict[str, Any] | None:

@@ -77,7 +77,7 @@ def to_plain(model: nn.Module, input_size: Sequence[int] | Tensor | None = None)
             shapes, expected = record(source, x)
         merged = merge(source, shapes)
         _check_layers(source, shapes)
-        certificate = certify(source, None if x is None else list(x.shape[1:]))
+        certificate = certify(source, x)
         plain = _Replacement(source, shapes, merged).of(source)
         if isinstance(plain, fx.GraphModule) and plain is not source:
             plain = nn.Sequential(plain)  # which keeps the certificate when it is copied
