@@ -4,32 +4,73 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
 import lipfast
+from lipfast.models import SIZES
+from lipfast.nn import METHODS
+from lipfast.report.bench import ratio_lines
 
 Variants = dict[str, Callable[[], object]]
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("lipfast")
+    group.addoption("--size", help="Of the networks of bench_model.py, with commas: XS,S,M,L.")
+    group.addoption("--method", help="Of the networks of bench_model.py, with commas: aol,lot.")
+    group.addoption("--full", action="store_true", help="What takes long, too: see bench_model.py.")
+
+
+def pytest_generate_tests(metafunc):
+    """Networks by size and method: XS and S by default on a CPU, all on a GPU."""
+    if "network_size" in metafunc.fixturenames:
+        default = "XS,S,M,L" if torch.cuda.is_available() else "XS,S"
+        metafunc.parametrize("network_size", chosen(metafunc, "--size", default, SIZES))
+        metafunc.parametrize("method", chosen(metafunc, "--method", ",".join(METHODS), METHODS))
+
+
+def chosen(metafunc, option: str, default: str, known: Iterable[str]) -> list[str]:
+    names = [name.strip() for name in (metafunc.config.getoption(option) or default).split(",")]
+    unknown = set(names) - set(known)
+    if unknown:
+        raise pytest.UsageError(f"{option}: expected some of {', '.join(known)}, got {unknown}")
+    return names
+
+
+@pytest.fixture
+def full(request) -> bool:
+    return request.config.getoption("--full")
+
+
 @pytest.fixture
 def compare(benchmark, request):
-    """Time variants in turns; the first is ours, the ratios say how much slower the others are."""
+    """Time variants in turns; the first is ours, the ratios say how much slower the others are.
 
-    def run(variants: Variants, *, rounds: int = 15, warmup: int = 3) -> dict[str, float]:
+    With `seconds` there are as many rounds, 1 to `rounds`, as fit in about that time.
+    """
+
+    def run(
+        variants: Variants, *, rounds: int = 15, warmup: int = 3, seconds: float | None = None
+    ) -> dict[str, float]:
         for _ in range(warmup):
+            begin = time.perf_counter()
             for function in variants.values():
-                function()
+                finish(function)
+            once = time.perf_counter() - begin
+        if seconds is not None:
+            rounds = min(rounds, max(1, int(seconds / once)))
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(rounds):
             for name, function in variants.items():
                 seconds[name].append(elapsed(function))
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         ours, *others = variants
-        benchmark.pedantic(lambda: finish(variants[ours]), rounds=rounds, warmup_rounds=1)
+        own = 1 if seconds is not None else rounds  # what pytest-benchmark times itself
+        benchmark.pedantic(lambda: finish(variants[ours]), rounds=own, warmup_rounds=int(own > 1))
         ratios = {name: medians[name] / medians[ours] for name in others}
         benchmark.extra_info["median_ms"] = {k: round(v * 1e3, 4) for k, v in medians.items()}
         benchmark.extra_info["ratio"] = {k: round(v, 3) for k, v in ratios.items()}
@@ -59,6 +100,21 @@ def finish(function: Callable[[], object]) -> None:
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of ratios."""
+    session = getattr(config, "_benchmarksession", None)
+    rows = [
+        (bench.name, bench.extra_info)
+        for bench in getattr(session, "benchmarks", ())
+        if "ratio" in bench.extra_info
+    ]
+    if not rows:
+        return
+    terminalreporter.section("how many times as long the others take as the first")
+    for line in ratio_lines(rows):
+        terminalreporter.write_line(line)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

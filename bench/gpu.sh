@@ -24,7 +24,7 @@ timeout -s INT -k 20 200 "$python" -m pytest -m gpu tests -q || status=$?
 timeout -s INT -k 20 240 "$python" -m pytest bench --benchmark-only -q -s \
   --benchmark-json="$results/bench.json" || status=$?
 if [ -s "$results/bench.json" ]; then
-  "$python" bench/summary.py "$results/bench.json" >"$results/README.md"
+  "$python" -m lipfast report "$results/bench.json" --out "$results"
   cat "$results/README.md"
 fi
 exit "$status"

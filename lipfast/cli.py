@@ -1,4 +1,4 @@
-"""The `lipfast` command: info, train, certify, search, compare, advise, scaling."""
+"""The `lipfast` command: info, train, certify, search, compare, advise, scaling, report."""
 
 from __future__ import annotations
 
@@ -201,6 +201,7 @@ app.command()(cli_compare.compare)
 app.command()(cli_compare.search)
 app.command()(cli_tools.advise)
 app.command()(cli_tools.scaling)
+app.command()(cli_tools.report)
 
 
 def _headline(experiment: Experiment) -> str:

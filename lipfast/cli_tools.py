@@ -1,4 +1,4 @@
-"""Commands that measure layers and choose among them: advise, scaling."""
+"""Commands that measure layers and choose among them: advise, scaling, report."""
 
 from __future__ import annotations
 
@@ -87,3 +87,24 @@ def scaling(
         files = write_scaling(found, out)
     for file in files:
         screen.print(str(file), soft_wrap=True)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="JSON that pytest-benchmark wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the table and the plot. [default: the JSON's]")
+    ] = None,
+) -> None:
+    """Render the benchmarks of `pytest bench --benchmark-only --benchmark-json FILE`."""
+    from lipfast.report.bench import BenchReport, rivals, write_bench
+
+    screen = console()
+    with user_errors():
+        found = BenchReport.load(results)
+        files = write_bench(found, results.parent if out is None else out)
+    for file in files:
+        screen.print(str(file), soft_wrap=True)
+    screen.print(f"{len(found.rows)} benchmarks; another variant is faster in {len(found.slower)}:")
+    for row in found.slower:
+        faster = ", ".join(f"{n} {r:.2f}x" for n, r in rivals(row).items() if r < 1)
+        screen.print(f"  {row.name}: {faster}", soft_wrap=True)
