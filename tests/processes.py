@@ -41,7 +41,7 @@ def run_ranks(script, ranks, folder, *arguments, limit=120, codes=None):
 
 
 def main(cases, *, timeout=60):
-    """Run in a script of `run_ranks`: the cases that it names, or all, in one process group."""
+    """Run in a script of `run_ranks`: the cases that it names, in one process group."""
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -51,6 +51,6 @@ def main(cases, *, timeout=60):
         world_size=ranks,
         timeout=timedelta(seconds=timeout),
     )
-    outcome = {name: cases[name](rank, ranks) for name in (sys.argv[4:] or cases)}
+    outcome = {name: cases[name](rank, ranks) for name in sys.argv[4:]}
     (folder / f"rank{rank}.json").write_text(json.dumps(outcome))
     dist.destroy_process_group()

@@ -216,6 +216,46 @@ class _Cast(nn.Module):
         return x.float()
 
 
+def more_ranks(rank, ranks):
+    """Ranks without a layer, and a number of layers that the ranks do not divide."""
+
+    def two_layers():
+        torch.manual_seed(0)
+        layers = LOTLinear(192, 16), MaxMin(), LOTLinear(16, 4)
+        return nn.Sequential(nn.Flatten(), *layers).double()
+
+    x, y = data()
+    one, other = network("lot"), network("lot")
+    fit(one, one.parameters(), x, y)
+    net = DistributedDataParallel(shard(other))
+    fit(net, other.parameters(), *part((x, y), rank, ranks))
+    return {
+        "layers": len(layers_of(one)),
+        "apart": difference(one, other),
+        "fewer layers than ranks": gradient_difference(two_layers, rank, ranks),
+        "a group of some": some_of(rank),
+    }
+
+
+def some_of(rank):
+    """Ranks 1 and 3 share among themselves."""
+    group = dist.new_group([1, 3])
+    outside = error_of(lambda: shard(network("aol"), group)) if rank in (0, 2) else None
+    if rank in (0, 2):
+        return outside
+    one, other = network("soc"), shard(network("soc"), group)
+    x, y = data()
+    for _ in range(2):
+        expected = gradients(one, x, y)
+        found = gradients(other, x, y)
+    # both have the same batch: the sum over the two is twice the gradient of one
+    layer = layers_of(one)[-1].weight
+    number = next(i for i, p in enumerate(one.parameters()) if p is layer)
+    total = found[number].clone()
+    dist.all_reduce(total, group=group)
+    return float((total / 2 - expected[number]).abs().max())
+
+
 def map_sizes(rank, ranks):
     """Two sizes of maps by turns."""
     torch.manual_seed(0)
@@ -249,15 +289,32 @@ def backward_twice(rank, ranks):
         float((p.grad - 2 * g).abs().max()) for p, g in zip(model.parameters(), once, strict=True)
     )
     again = error_of(lambda: loss.backward())
-    second = error_of(
-        lambda: torch.autograd.grad(
-            torch.autograd.grad(model(x).sum(), layers_of(model)[0].weight, create_graph=True)[0]
-            .square()
-            .sum(),
-            list(model.parameters()),
-        )
-    )
+    weight = layers_of(model)[0].weight
+    first = torch.autograd.grad(model(x).square().sum(), weight, create_graph=True)[0]
+    second = error_of(lambda: first.square().sum().backward())
     return {"doubled": doubled, "again": again, "second derivative": second}
+
+
+def gradient_penalty(rank, ranks):
+    """The derivative of an input gradient's norm, which is not that of a parameter's gradient."""
+
+    def parameter_gradients(model, x):
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        model.zero_grad()
+        slope.square().sum().div(len(x)).backward()
+        found = [layer.weight.grad for layer in layers_of(model)]
+        for gradient in found:
+            dist.all_reduce(gradient)
+        return [gradient / dist.get_world_size() for gradient in found]
+
+    one, other = network("aol"), shard(network("aol"))
+    x, _ = data()
+    expected = parameter_gradients(one, x)
+    found = parameter_gradients(other, *part((x,), rank, ranks))
+    largest = max(float(a.abs().max()) for a in expected)
+    pairs = zip(expected, found, strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs) / largest
 
 
 def accumulation(rank, ranks):
@@ -368,7 +425,6 @@ def errors(rank, ranks):
     handle = weights[0].register_hook(lambda gradient: gradient)
     found["parameter hook"] = error_of(lambda: model(x))
     handle.remove()
-    found["compiled"] = error_of(lambda: shard(torch.compile(network("aol"))))
     return found
 
 
@@ -376,8 +432,10 @@ CASES = {
     "same as one process": same_as_one_process,
     "shares": shares,
     "special models": special_models,
+    "more ranks": more_ranks,
     "map sizes": map_sizes,
     "backward twice": backward_twice,
+    "gradient penalty": gradient_penalty,
     "accumulation": accumulation,
     "autocast": autocast,
     "alone": alone,
