@@ -5,22 +5,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lipfast.nn import BjorckLinear
-
-from .orthogonium_layers import (
+from .orthogonium_gram import (
     HalvesMaxMin,
     OrthogoniumAOLConv2d,
-    OrthogoniumBlockConv2d,
-    OrthogoniumPatchConv2d,
     OrthogoniumSLLConv2d,
     OrthogoniumSLLLinear,
+)
+from .orthogonium_layers import (
+    OrthogoniumBlockConv2d,
+    OrthogoniumLinear,
+    OrthogoniumPatchConv2d,
     OrthogoniumStridedConv2d,
 )
-from .peers import chain, class_name, conv_arguments
-from .rules import Replacement, Rule, Unsupported, attribute, expect
+from .peers import chain, class_name, conv_arguments, original
+from .rules import Replacement, Rule, Unsupported, View, attribute, expect
 
 # up to which our iteration converges, and its derivative: nu / sigma_min and sigma_max / sigma_min
-_LINEAR_LIMITS = (14.0, 6.0)  # of `BjorckLinear`
+_LINEAR_LIMITS = (14.0, 6.0)  # of `OrthogoniumLinear`
 _FACTOR_LIMITS = (45.0, 30.0)  # of `OrthogoniumBlockConv2d` and `OrthogoniumPatchConv2d`
 _ITERATION_LIMIT = 1e-5  # how far a Bjorck iteration may end from an orthogonal matrix
 _ORIGINAL = "parametrizations.{}.original"
@@ -42,14 +43,14 @@ def _aol(module: nn.Module, exact: bool) -> Replacement:
 
 def _linear(module: nn.Module, exact: bool) -> Replacement:
     entries, names = chain(module)
-    _check_bjorck(_original(module, "weight"), *_pair(entries, names), exact, _LINEAR_LIMITS)
+    _check_bjorck(original(module, "weight"), *_pair(entries, names), exact, _LINEAR_LIMITS)
     arguments = {
         "in_features": module.in_features,
         "out_features": module.out_features,
         "bias": module.bias is not None,
     }
     views = {"weight": _ORIGINAL.format("weight")}
-    return Replacement(BjorckLinear, arguments, views, parametrizations={"weight": names})
+    return Replacement(OrthogoniumLinear, arguments, views, parametrizations={"weight": names})
 
 
 def _block(module: nn.Module, exact: bool) -> Replacement:
@@ -62,7 +63,7 @@ def _block(module: nn.Module, exact: bool) -> Replacement:
 
 def _patch(module: nn.Module, exact: bool) -> Replacement:
     names = _checked_patches(module, "weight", exact)
-    scale = module.parametrizations["weight"][0].scale  # type: ignore[index]
+    scale = chain(module)[0][0].scale
     return Replacement(
         OrthogoniumPatchConv2d,
         {**conv_arguments(module), "scale": scale},
@@ -76,7 +77,7 @@ def _strided(module: nn.Module, exact: bool) -> Replacement:
         "weight_1": _checked_factors(module, "weight_1", exact),
         "weight_2": _checked_patches(module, "weight_2", exact),
     }
-    expect(module.parametrizations["weight_2"][0], "scale", 1)  # type: ignore[index]
+    expect(chain(module, "weight_2")[0][0], "scale", 1)
     views = {
         "weight": _ORIGINAL.format("weight_1"),
         "patch_weight": _ORIGINAL.format("weight_2"),
@@ -92,7 +93,7 @@ def _sll_block(module: nn.Module, exact: bool) -> Replacement:
         raise Unsupported(f"its kernel is parametrised by {names}")
     expect(module, "groups", 1)
     _expect_relu(module)
-    hidden, channels, *sizes = _original(module, "kernel").shape
+    hidden, channels, *sizes = original(module, "kernel").shape
     arguments = {
         "in_channels": channels,
         "out_channels": channels,
@@ -101,7 +102,7 @@ def _sll_block(module: nn.Module, exact: bool) -> Replacement:
         "padding_mode": "zeros",
         "hidden": hidden,
     }
-    views = {
+    views: dict[str, View] = {
         "weight": _ORIGINAL.format("kernel"),
         "bias": flat_bias,
         "q": "parametrizations.kernel.0.q",
@@ -127,10 +128,6 @@ def _expect_relu(module: nn.Module) -> None:
         raise Unsupported(f"its activation is {kind}, expected ReLU")
 
 
-def _original(module: nn.Module, name: str) -> Tensor:
-    return module.parametrizations[name].original  # type: ignore[index,return-value]
-
-
 def _pair(entries: list[nn.Module], names: str) -> tuple[nn.Module, nn.Module]:
     if len(entries) != 2:
         raise Unsupported(f"its weight is parametrised by {names}")
@@ -142,7 +139,7 @@ def _checked_factors(module: nn.Module, name: str, exact: bool) -> str:
     entries, names = chain(module, name)
     if class_name(entries[-1]) != "BCOPTrivializer" or len(entries) not in (2, 3):
         raise Unsupported(f"its {name} is parametrised by {names}")
-    factors = _original(module, name)
+    factors = original(module, name)
     if factors.shape[-1] == 0:
         raise Unsupported("it has one channel per group")
     if len(entries) == 3:
@@ -157,10 +154,10 @@ def _checked_patches(module: nn.Module, name: str, exact: bool) -> str:
     if names != "RKOParametrizer":
         raise Unsupported(f"its {name} is parametrised by {names}")
     (entry,) = entries
-    weight = _original(module, name)
+    weight = original(module, name)
     groups = int(module.groups)  # type: ignore[arg-type]
     matrices = weight.reshape(groups, weight.shape[0] // groups, -1)
-    _check_bjorck(matrices, entry.pi, entry.bjorck, exact)  # type: ignore[arg-type]
+    _check_bjorck(matrices, entry.pi, entry.bjorck, exact)
     return names
 
 
@@ -214,6 +211,7 @@ _SKEW = _refused(
     "its kernel is a truncated exponential of a kernel that is not skew-symmetric any more: not "
     "1-Lipschitz, and not what SOC computes"
 )
+_LEGACY = _refused("legacy code, which orthogonium keeps for comparison")
 _BUILDERS: dict[str, Callable[[nn.Module, bool], Replacement]] = {
     "MaxMin": _maxmin,
     "AOLConv2D": _aol,
@@ -224,8 +222,12 @@ _BUILDERS: dict[str, Callable[[nn.Module, bool], Replacement]] = {
     "SDPBasedLipschitzResBlock": _sll_block,
     "SDPBasedLipschitzDense": _sll_dense,
     "UnitNormLinear": _refused("each output is 1-Lipschitz, the layer is not"),
-    "SLLxAOCLipschitzResBlock": _refused("it fuses convolutions between different map sizes"),
-    "AOCLipschitzResBlock": _refused("it convolves without padding"),
+    "SLLxAOCLipschitzResBlock": _refused(
+        "its convolutions change the size of the map, other than those of a residual layer here"
+    ),
+    "AOCLipschitzResBlock": _refused(
+        "its convolution has no padding, other than that of a residual layer here"
+    ),
     "FastSOC": _SKEW,
     "SOCRkoConv2d": _SKEW,
     "AOLConvTranspose2D": _TRANSPOSED,
@@ -236,10 +238,7 @@ _BUILDERS: dict[str, Callable[[nn.Module, bool], Replacement]] = {
     "SOCRkoConvTranspose2d": _TRANSPOSED,
     "HouseHolder": _refused("lipfast has no Householder activation"),
     "HouseHolder_Order_2": _refused("lipfast has no Householder activation"),
-    "Cayley": _refused("it divides by a norm over half of the frequencies, which maps change"),
-    "CayleyLinear": _refused("its legacy form keeps its matrix with the graph between steps"),
-    "BCOP": _refused("its legacy form keeps its kernel with the graph in evaluation mode"),
-    "SOC": _refused("its legacy form scales by signed sums that bound no norm"),
+    **dict.fromkeys(("BCOP", "Cayley", "CayleyLinear", "SOC"), _LEGACY),
 }
 RULES: tuple[Rule, ...] = tuple(
     Rule("orthogonium", name, build, "orthogonium") for name, build in _BUILDERS.items()

@@ -83,10 +83,13 @@ class PatchConv2d(PeerConv2d):
             number *= max(hits.values(), default=1)
         return number
 
-    def _rounded(self, kernel: Tensor, norm: Tensor, map_size: tuple[int, int]) -> SoundWeights:
-        """The kernel in its storage dtype, for a proved norm of its matrix of windows."""
-        bound = norm * self._overlap(map_size) ** 0.5
-        return SoundWeights(*stored(kernel, bound, self.weight.dtype))
+
+def sound_windows(
+    layer: KernelModule, kernel: Tensor, norm: Tensor, map_size: tuple[int, int]
+) -> SoundWeights:
+    """Return a float64 kernel as it is stored, for a proved norm of its matrix of windows."""
+    overlap = layer._overlap(map_size) if isinstance(layer, PatchConv2d) else 1
+    return SoundWeights(*stored(kernel, norm * overlap**0.5, layer.weight.dtype))
 
 
 def stored(kernel: Tensor, bound: Tensor, dtype: torch.dtype) -> tuple[tuple[Tensor], Tensor]:
@@ -131,17 +134,23 @@ def _padding(padding: str | Sequence[int], extents: list[int]) -> tuple[int, ...
     return tuple(extent // 2 for extent in extents)
 
 
-def chain(module: nn.Module, name: str = "weight") -> tuple[list[nn.Module], str]:
+def chain(module: nn.Module, name: str = "weight") -> tuple[list[Any], str]:
     """Return the parametrisations of a tensor of the module, and their names as rules join them.
 
     Raises:
         Unsupported: the tensor has none.
     """
-    entries = getattr(module, "parametrizations", {})
+    entries: Any = getattr(module, "parametrizations", {})
     if name not in entries:
         raise Unsupported(f"{name} is not parametrised")
     found = list(entries[name])
     return found, " and ".join(class_name(entry) for entry in found)
+
+
+def original(module: nn.Module, name: str = "weight") -> Tensor:
+    """Return the parameter that a parametrised tensor of the module is computed from."""
+    entries: Any = module.parametrizations
+    return entries[name].original
 
 
 def class_name(module: nn.Module) -> str:
