@@ -39,10 +39,12 @@ def load_published(
     ClassificationHead (a 1x1 convolution or, for BCOP and Cayley, a linear layer too). In
     evaluation mode the scores are then those of the published network, up to what its iterations
     lack to convergence: to 1e-4 of the largest, and to 1e-3 for CPL and LOT, where our proved norms
-    and last step differ by 1e-4 per layer. Their matrices are turned into ours where the parametrisation differs: BCOP
-    multiplies in another order, Cayley takes the norm of the kernel on another grid. Power vectors
-    are taken over (CPL) or not needed (SOC); those, and the alpha of Cayley, that the published
-    layers make in their first forward pass may be missing.
+    and last step differ by 1e-4 per layer.
+
+    Matrices are turned into ours where the parametrisation differs: BCOP multiplies in another
+    order, Cayley takes the norm of the kernel on another grid. Power vectors are taken over (CPL)
+    or not needed (SOC); those, and the alpha of Cayley, that the published layers make in their
+    first forward pass may be missing.
 
     Args:
         model: with the size, classes and input size of the published one. LOT needs the option
