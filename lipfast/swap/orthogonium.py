@@ -17,14 +17,13 @@ from .orthogonium_layers import (
     OrthogoniumPatchConv2d,
     OrthogoniumStridedConv2d,
 )
-from .peers import chain, class_name, conv_arguments, original
+from .peers import chain, class_name, conv_arguments, original, original_weight
 from .rules import Replacement, Rule, Unsupported, View, attribute, expect
 
 # up to which our iteration converges, and its derivative: nu / sigma_min and sigma_max / sigma_min
 _LINEAR_LIMITS = (14.0, 6.0)  # of `OrthogoniumLinear`
 _FACTOR_LIMITS = (45.0, 30.0)  # of `OrthogoniumBlockConv2d` and `OrthogoniumPatchConv2d`
 _ITERATION_LIMIT = 1e-5  # how far a Bjorck iteration may end from an orthogonal matrix
-_ORIGINAL = "parametrizations.{}.original"
 
 
 def _maxmin(module: nn.Module, exact: bool) -> Replacement:
@@ -36,7 +35,7 @@ def _aol(module: nn.Module, exact: bool) -> Replacement:
     if names != "MultiStepAOLReparametrizer":
         raise Unsupported(f"its weight is parametrised by {names}")
     expect(entry, "niter", 1)
-    views = {"weight": _ORIGINAL.format("weight"), "q": "parametrizations.weight.0.q"}
+    views = {"weight": original_weight, "q": weight_q}
     arguments = conv_arguments(module)
     return Replacement(OrthogoniumAOLConv2d, arguments, views, parametrizations={"weight": names})
 
@@ -49,13 +48,13 @@ def _linear(module: nn.Module, exact: bool) -> Replacement:
         "out_features": module.out_features,
         "bias": module.bias is not None,
     }
-    views = {"weight": _ORIGINAL.format("weight")}
+    views = {"weight": original_weight}
     return Replacement(OrthogoniumLinear, arguments, views, parametrizations={"weight": names})
 
 
 def _block(module: nn.Module, exact: bool) -> Replacement:
     names = _checked_factors(module, "weight", exact)
-    views = {"weight": _ORIGINAL.format("weight")}
+    views = {"weight": original_weight}
     return Replacement(
         OrthogoniumBlockConv2d, conv_arguments(module), views, parametrizations={"weight": names}
     )
@@ -67,7 +66,7 @@ def _patch(module: nn.Module, exact: bool) -> Replacement:
     return Replacement(
         OrthogoniumPatchConv2d,
         {**conv_arguments(module), "scale": scale},
-        {"weight": _ORIGINAL.format("weight")},
+        {"weight": original_weight},
         parametrizations={"weight": names},
     )
 
@@ -79,8 +78,8 @@ def _strided(module: nn.Module, exact: bool) -> Replacement:
     }
     expect(chain(module, "weight_2")[0][0], "scale", 1)
     views = {
-        "weight": _ORIGINAL.format("weight_1"),
-        "patch_weight": _ORIGINAL.format("weight_2"),
+        "weight": original_block,
+        "patch_weight": original_patch,
     }
     return Replacement(
         OrthogoniumStridedConv2d, conv_arguments(module), views, parametrizations=parametrizations
@@ -103,9 +102,9 @@ def _sll_block(module: nn.Module, exact: bool) -> Replacement:
         "hidden": hidden,
     }
     views: dict[str, View] = {
-        "weight": _ORIGINAL.format("kernel"),
+        "weight": original_kernel,
         "bias": flat_bias,
-        "q": "parametrizations.kernel.0.q",
+        "q": kernel_q,
     }
     return Replacement(OrthogoniumSLLConv2d, arguments, views, parametrizations={"kernel": names})
 
@@ -115,6 +114,31 @@ def _sll_dense(module: nn.Module, exact: bool) -> Replacement:
     hidden, features = module._parameters["weight"].shape  # type: ignore[union-attr]
     arguments = {"in_features": features, "out_features": features, "hidden": hidden}
     return Replacement(OrthogoniumSLLLinear, arguments, {"bias": flat_bias})
+
+
+def original_block(module: nn.Module) -> Tensor:
+    """Return the matrices of a strided convolution's block convolution."""
+    return original(module, "weight_1")
+
+
+def original_patch(module: nn.Module) -> Tensor:
+    """Return the kernel of a strided convolution's second one."""
+    return original(module, "weight_2")
+
+
+def original_kernel(module: nn.Module) -> Tensor:
+    """Return the kernel of a residual layer before its rescaling."""
+    return original(module, "kernel")
+
+
+def weight_q(module: nn.Module) -> Tensor:
+    """Return q of the weight's AOL rescaling."""
+    return chain(module)[0][0].q
+
+
+def kernel_q(module: nn.Module) -> Tensor:
+    """Return q of the kernel's AOL rescaling."""
+    return chain(module, "kernel")[0][0].q
 
 
 def flat_bias(module: nn.Module) -> Tensor:

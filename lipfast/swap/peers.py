@@ -153,6 +153,11 @@ def original(module: nn.Module, name: str = "weight") -> Tensor:
     return entries[name].original
 
 
+def original_weight(module: nn.Module) -> Tensor:
+    """Return the parameter of a parametrised `weight`: unlike a path, torch.compile traces it."""
+    return original(module)
+
+
 def class_name(module: nn.Module) -> str:
     """Return the name of a parametrisation's class."""
     return type(module).__name__

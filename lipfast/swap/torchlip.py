@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .peers import chain, class_name, conv_arguments
-from .rules import Replacement, Rule, Unsupported, expect
+from .peers import chain, class_name, conv_arguments, original_weight
+from .rules import Replacement, Rule, Unsupported, View, expect
 from .torchlip_layers import (
     TorchlipFrobeniusConv2d,
     TorchlipFrobeniusLinear,
@@ -57,7 +57,7 @@ def _spectral(
                 f"the matrix that it keeps for evaluation is {distance:.1g} from an orthogonal one"
             )
     arguments = {**arguments, "factor": factor, "tolerance": float(bjorck.eps)}
-    views = {"weight": "parametrizations.weight.original"}
+    views: dict[str, View] = {"weight": original_weight}
     return Replacement(layer, arguments, views, parametrizations={"weight": names})
 
 
@@ -72,7 +72,7 @@ def _frobenius_conv(module: nn.Module, exact: bool) -> Replacement:
 def _frobenius(module: nn.Module, layer: type[nn.Module], arguments: dict[str, Any]) -> Replacement:
     (norm,), factor, names = _checked_chain(module, _FROBENIUS)
     arguments = {**arguments, "factor": factor, "disjoint": norm.dim_norm is not None}
-    views = {"weight": "parametrizations.weight.original"}
+    views: dict[str, View] = {"weight": original_weight}
     return Replacement(layer, arguments, views, parametrizations={"weight": names})
 
 
