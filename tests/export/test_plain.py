@@ -1,9 +1,11 @@
 """to_plain: the same scores from torch's own modules, for every method and around them."""
 
 import copy
+import math
 
 import pytest
 import torch
+from swap import published
 from torch import nn
 
 import lipfast
@@ -168,6 +170,37 @@ def test_modules_of_other_classes_stay(method, example):
     torch.testing.assert_close(plain(x), model.eval()(x), rtol=1e-5, atol=1e-5)
     assert not lipfast_classes(plain)
     assert set(plain.certificate["layer_bounds"]) == {"conv", "norm", "head.2"}
+
+
+@pytest.mark.parametrize("method", published.LAYERS)
+def test_accelerated_networks_of_published_layers(method):
+    torch.manual_seed(0)
+    net = published.network(method, width=8, blocks=3, layers=1)
+    x = torch.randn(2, 3, 8, 8)
+    net.eval()(x)  # creates what the published layers create late
+    published.forget_weights(net)
+    lipfast.accelerate(net)
+    plain = lipfast.to_plain(net, (3, 8, 8))
+    assert not lipfast_classes(plain)
+    torch.testing.assert_close(plain(x), net(x), rtol=1e-4, atol=1e-5)
+    layers = {n: m for n, m in net.named_modules() if isinstance(m, lnn.LipschitzModule)}
+    assert len(layers) == 5
+    bounds = {name: layer.lipschitz_bound() for name, layer in layers.items()}
+    finite = {name: bound if math.isfinite(bound) else None for name, bound in bounds.items()}
+    assert plain.certificate["layer_bounds"] == finite
+
+
+def test_hooks_of_lipfast_are_left_behind():
+    def build_weights(module, args):
+        raise AssertionError("a hook of lipfast ran in the copy")
+
+    build_weights.__module__ = "lipfast.weights.fuse"
+    net = network("aol", torch.float32)
+    net.register_forward_pre_hook(build_weights)
+    plain = lipfast.to_plain(net)
+    assert plain(torch.randn(2, 3, 8, 8)).shape == (2, 10)
+    assert plain.certificate["lipschitz_bound"] <= 1 + 1e-6
+    assert len(net._forward_pre_hooks) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5, 8])
