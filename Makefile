@@ -1,11 +1,11 @@
-# Targets: demo, test, bench, gpu, lint. All but gpu make their own .venv when there is none.
+# Targets: demo, test, bench, docs, baseline, gpu, lint. All but gpu make their own .venv when there is none.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test bench gpu lint
+.PHONY: demo test bench docs baseline gpu lint
 
 demo: $(STAMP)
 	$(BIN)/lipfast compare --data digits --out results/demo
@@ -16,6 +16,13 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(PYTEST) bench --benchmark-only -s
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+# Records the counted costs anew, on purpose: docs/baseline.md.
+baseline: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.baseline.update
 
 # Offline, on a CUDA machine; with the .venv if there is one, else with the machine's own python3.
 gpu:

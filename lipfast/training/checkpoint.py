@@ -20,7 +20,7 @@ _KEY = "lipfast"
 class Checkpoint(NamedTuple):
     """State of a run after a whole number of epochs.
 
-    Args:
+    Attributes:
         model: the model's state_dict.
         momentum: momentum buffer of every trained parameter, by its name.
         metadata: what JSON can hold. `train` writes the keys "version" (of lipfast), "epoch" and

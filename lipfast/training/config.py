@@ -22,7 +22,8 @@ class TrainConfig:
         momentum: of SGD, constant, 0 to below 1.
         seed: of order and augmentation, at least 0; the loader's.
         autocast: run the network under bfloat16 autocast; the loss stays in float32.
-        offset, temperature: of `margin_cross_entropy`.
+        offset: of `margin_cross_entropy`.
+        temperature: of `margin_cross_entropy`.
         device: torch device on which to train.
 
     Raises:
