@@ -14,6 +14,7 @@ from lipfast.ops.context import (
     without_tangents,
 )
 
+from .signature import full_signature
 from .sources import Source
 
 
@@ -63,6 +64,10 @@ class LipschitzModule(nn.Module):
 
     _linear: ClassVar[bool] = False
     _depends_on_map_size = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = full_signature(cls)  # type: ignore[attr-defined]
 
     def __init__(self) -> None:
         super().__init__()

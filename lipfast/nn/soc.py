@@ -90,6 +90,26 @@ class _SOC(LipschitzModule):
             _, vector = reference.skew_power_iteration(kernel, vector, self._side)
         self.power_vector.copy_(vector)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, *args
+        )
+        name = prefix + "power_vector"
+        if name not in missing_keys or prefix + "weight" not in state_dict:
+            return
+        if self.weight.device != self.power_vector.device:  # a layer from meta got its weight
+            self.power_vector = torch.empty_like(self.power_vector, device=self.weight.device)
+        self.reset_power_vector()
+        missing_keys.remove(name)
+
     @property
     def _side(self) -> int:
         """Of the torus on which the norm is estimated: fine enough for the kernel's frequencies."""
@@ -206,7 +226,8 @@ class SOCConv2d(_SOC, LipschitzConv2d):
     By default p is the near-orthogonal polynomial of degree 5 for norm(L) <= 2.1, whose singular
     values lie between 0.99998 and 1, and L is scaled to that norm over 1.02. In training the norm
     is estimated by one step of a power iteration for each frequency of a torus, with the vectors in
-    a buffer: the layer is 1-Lipschitz there once the estimate has come within 1 to 2 %. In
+    a buffer: the layer is 1-Lipschitz there once the estimate has come within 1 to 2 %. State dicts
+    without that buffer are loaded too, and the iteration starts again from the loaded weight. In
     evaluation the norm is computed in float64, and a bound for every map size and padding shows
     that norm(L) <= 2.1.
 
