@@ -80,7 +80,7 @@ class PatchConv2d(PeerConv2d):
                 period = map_size[axis]
                 starts = range(0, period + 2 * p - d * (k - 1), s)
             hits = Counter((i + t * d) % period for i in starts for t in range(taps))
-            number *= max(hits.values(), default=1)
+            number *= max([1, *hits.values()])
         return number
 
 
