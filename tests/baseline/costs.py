@@ -20,6 +20,7 @@ _ONLY_MEMORY = {
     aten.new_empty,
     aten.new_empty_strided,
     aten._unsafe_view,
+    aten.set_,
     aten.lift_fresh,
 }
 # The host waits for their result.
