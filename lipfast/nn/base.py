@@ -268,6 +268,11 @@ class LipschitzModule(nn.Module):
         if is_traced(self.weight) or (not on_device and self.weight.device.type != "cpu"):
             return
         for name, parameter in self.named_parameters():  # of parametrisations too
+            if hasattr(parameter, "full_tensor"):
+                raise ValueError(
+                    f"{name}: expected a whole tensor in {type(self).__name__}, got a DTensor, as "
+                    "FSDP makes them; call unshard() on the sharded module first"
+                )
             values = parameter.detach()
             if values.numel() and not bool(torch.isfinite(values).all()):
                 raise ValueError(

@@ -19,19 +19,22 @@ class Source(NamedTuple):
         place = (parameter.data_ptr(), parameter.device, parameter.dtype)
         # an inference tensor counts no versions: NaN equals nothing, so it is never unchanged
         version = float("nan") if parameter.is_inference() else parameter._version
-        return cls(weakref.ref(parameter), (_fused_steps, version, *place))
+        return cls(weakref.ref(parameter), (_uncounted_steps, version, *place))
 
     def is_unchanged(self, parameter: Tensor) -> bool:
         return self.parameter() is parameter and self.state == Source.of(parameter).state
 
 
-_fused_steps = 0  # fused optimizers write parameters without counting it in `_version`
+# Fused optimizers write parameters without counting it in `_version`, and FSDP's layers see a copy
+# of what is stepped, whose version it keeps.
+_uncounted_steps = 0
 
 
-def _count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    global _fused_steps
-    if any(group.get("fused") for group in optimizer.param_groups):
-        _fused_steps += 1
+def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    global _uncounted_steps
+    groups = optimizer.param_groups
+    if any(g.get("fused") or any(hasattr(p, "full_tensor") for p in g["params"]) for g in groups):
+        _uncounted_steps += 1
 
 
-register_optimizer_step_post_hook(_count_fused_step)
+register_optimizer_step_post_hook(_count_step)

@@ -42,7 +42,7 @@ def is_communication_error(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     # gloo raises a plain RuntimeError
-    signs = ("gloo", "Connection closed", "Connection reset", "Timed out", "wait timeout", "peer")
+    signs = ("gloo", "Connection closed", "Connection reset", "Timed out", "timeout", "by peer")
     return type(error) is RuntimeError and any(sign in str(error) for sign in signs)
 
 
