@@ -57,6 +57,9 @@ def to_onnx(
     )
     if program is None:
         raise RuntimeError("to_onnx: torch.onnx.export returned no program")
+    written = program.model.opset_imports[""]
+    if opset is not None and written != opset:
+        raise ValueError(f"opset: torch writes this network in version {written}, not in {opset}")
     program.model.metadata_props[_KEY] = to_json(_certificate(plain))
     size = sum(value.numel() * value.element_size() for value in plain.state_dict().values())
     program.save(path, external_data=size > _ONNX_LIMIT)

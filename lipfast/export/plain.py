@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from lipfast.certify import full_precision
 from lipfast.models.convnet import ConvNet, _Image
 from lipfast.nn import (
     FirstChannels,
@@ -69,7 +70,7 @@ def to_plain(model: nn.Module, input_size: Sequence[int] | Tensor | None = None)
         return copy.deepcopy(model)
     if input_size is None and isinstance(model, ConvNet):
         input_size = model.config["input_size"]
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), full_precision():
         source = _copy(model)
         shapes: Shapes = {}
         x = None if input_size is None else example(source, input_size)

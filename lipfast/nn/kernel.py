@@ -151,7 +151,7 @@ def plain_kernel(module: LipschitzModule, kernel: Tensor, bias: Tensor | None) -
             padding_mode=module.padding_mode,
             **factory,
         )
-    plain.weight.data = kernel.detach().clone()
+    plain.weight.data = kernel.detach().clone(memory_format=torch.contiguous_format)
     if bias is not None and plain.bias is not None:
         plain.bias.data = bias.detach().clone()
     return plain

@@ -132,6 +132,14 @@ def test_onnx_of_an_odd_number_of_channels_and_an_older_opset(tmp_path):
     np.testing.assert_allclose(y, model(x).detach().numpy(), rtol=0, atol=1e-5)
 
 
+def test_an_opset_that_torch_cannot_write_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="opset: torch writes this network in version 18, not in 9"
+    ):
+        to_onnx(lnn.AOLConv2d(2, 2, 3), tmp_path / "net.onnx", (2, 4, 4), opset=9)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_large_onnx_keeps_its_weights_beside_it(tmp_path, monkeypatch):
     monkeypatch.setattr("lipfast.export.files._ONNX_LIMIT", 1000)
     layer = lnn.AOLLinear(32, 32).eval()
