@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipfast import ops, reference
@@ -149,6 +150,14 @@ class OrthogoniumSLLLinear(SLLLinear):
         self.weight = nn.Parameter(torch.empty(self.hidden, self.in_channels, **factory))
         self._register_bias(self.hidden if bias else None, factory)
         self.q = nn.Parameter(torch.empty(self.hidden, **factory))
+
+    def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        # on a CPU several times faster than the convolutions of 1 x 1 maps
+        kernel, bias, scale = weights
+        matrix, vectors = kernel.flatten(1), x.flatten(1)
+        hidden = F.linear(vectors, matrix, bias.to(matrix.dtype)).relu() * scale
+        y = vectors - F.linear(hidden, matrix.mT).to(vectors.dtype)
+        return y[:, :, None, None]
 
     def _row_sums(
         self, layers: Sequence[Any], kernels: Tensor, scale: Tensor, backend: str | None

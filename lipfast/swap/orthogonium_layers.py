@@ -14,7 +14,7 @@ from lipfast.nn.convergence import PolarModule
 from lipfast.nn.kernel import as_kernel, sound_backend, stacked, stacked_kernels
 from lipfast.ops.context import inside_transforms, is_traced
 
-from .peers import PatchConv2d, PeerConv2d, class_name, original, sound_windows, stored
+from .peers import PatchConv2d, PeerConv2d, PeerLinear, class_name, original, sound_windows, stored
 
 _POWER_STEPS = 10  # for a checkpoint
 # the derivative of the schedule itself: the source starts from random matrices, whose singular
@@ -48,7 +48,7 @@ class _PowerVectors(nn.Module):
                         u.copy_(F.normalize(matrices @ v, dim=-2))
 
 
-class OrthogoniumLinear(_PowerVectors, BjorckLinear):
+class OrthogoniumLinear(_PowerVectors, PeerLinear, BjorckLinear):
     """Linear layer with the polar factor of its weight, whose vectors it keeps."""
 
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipfast import reference
 from lipfast.nn.base import LipschitzModule, SoundWeights
 from lipfast.nn.kernel import KernelModule
-from lipfast.nn.layers import LipschitzConv2d
+from lipfast.nn.layers import LipschitzConv2d, LipschitzLinear
 
 from .rules import Unsupported
 
@@ -50,6 +51,18 @@ class PeerConv2d(KernelModule, LipschitzConv2d):
         self._downscale = 1
         self._make_parameters(bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Nothing: the parameters come from the layer that this one replaces."""
+
+
+class PeerLinear(KernelModule, LipschitzLinear):
+    """A linear layer whose matrix another package defines."""
+
+    def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
+        # on a CPU several times faster than the convolution of 1 x 1 maps
+        y = F.linear(x.flatten(1), weights[0].flatten(1), self.bias)
+        return y[:, :, None, None]
 
     def reset_parameters(self) -> None:
         """Nothing: the parameters come from the layer that this one replaces."""

@@ -9,11 +9,10 @@ from torch import Tensor
 from lipfast import ops, reference
 from lipfast.nn.base import SoundWeights
 from lipfast.nn.kernel import KernelModule, as_kernel, write_buffers
-from lipfast.nn.layers import LipschitzLinear
 from lipfast.nn.maxmin import MaxMin
 from lipfast.ops.context import inside_transforms
 
-from .peers import PatchConv2d, chain, sound_windows
+from .peers import PatchConv2d, PeerLinear, chain, sound_windows
 from .torchlip_bjorck import stopped_bjorck
 
 _SQUARINGS = 11  # as many as the bound of a plain linear layer takes
@@ -66,9 +65,6 @@ class _Scaled(KernelModule):
     def _sound_matrix(self) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
-    def reset_parameters(self) -> None:
-        """Nothing: the parameters come from the layer that this one replaces."""
-
 
 class _Spectral(_Scaled):
     def __init__(self, *args: Any, tolerance: float = 1e-3, **kwargs: Any) -> None:
@@ -92,7 +88,7 @@ class _Spectral(_Scaled):
         return reference.contract(kept._w_bjorck.double().flatten(1))
 
 
-class TorchlipSpectralLinear(_Spectral, LipschitzLinear):
+class TorchlipSpectralLinear(_Spectral, PeerLinear):
     """Linear layer with an orthogonal matrix by spectral normalisation and Bjorck's iteration.
 
     Times `factor`. In evaluation mode the matrix is that of the last forward pass in training, as
@@ -116,7 +112,6 @@ class _Frobenius(_Scaled):
         return (*super()._build_options(), self.disjoint)
 
     def _normalised(self, matrix: Tensor) -> Tensor:
-        matrix, _ = reference.unit_scale(matrix, dim=(1,) if self.disjoint else (0, 1))
         norm = torch.linalg.vector_norm(matrix, dim=1 if self.disjoint else None, keepdim=True)
         return matrix * reference.inverse_or_zero(norm)
 
@@ -125,7 +120,7 @@ class _Frobenius(_Scaled):
         return matrix, reference.schatten_bound(matrix, squarings=_SQUARINGS)
 
 
-class TorchlipFrobeniusLinear(_Frobenius, LipschitzLinear):
+class TorchlipFrobeniusLinear(_Frobenius, PeerLinear):
     """Linear layer with a matrix, or for `disjoint` each row of it, of Frobenius norm `factor`.
 
     With `disjoint` each output is 1-Lipschitz for a factor of 1, and the layer with more than one
