@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from swap import published
 
 from lipfast import nn as lnn
 from lipfast import reference
 from lipfast.models import ConvNet, load_published, published_state_dict
-from tests.swap import published
 
 OPTIONS = {"lot": {"ridge": 1e-4}, "soc": {"series": "taylor", "norm": "unfolding"}}
 METHODS = list(lnn.METHODS)
