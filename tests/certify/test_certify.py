@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import lipfast
 from lipfast import certify
 from lipfast import nn as lnn
 from lipfast.models import ConvNet
@@ -149,6 +150,14 @@ def test_a_layer_with_hooks_is_refused():
         certify.lipschitz_bound(model)
     handle.remove()
     assert certify.lipschitz_bound(model) > 0
+
+
+def test_hooks_that_build_weights_are_no_obstacle():
+    torch.manual_seed(0)
+    net = ConvNet("lot", input_size=(1, 8, 8), width=4, layers_per_block=1)
+    data = [(torch.randn(6, 1, 8, 8), torch.randint(10, (6,)))]
+    before = certify.report(net, data)
+    assert certify.report(lipfast.fuse(net), data) == before
 
 
 def test_a_module_with_its_own_bound_is_taken_at_its_word():
