@@ -88,6 +88,16 @@ def train(
     autocast: Annotated[bool, typer.Option("--autocast", help="bfloat16 convolutions.")] = False,
     device: DeviceOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint.")] = False,
+    shard_weights: Annotated[
+        bool,
+        typer.Option(
+            "--shard-weights", help="Under torchrun, build each layer's weights in one process."
+        ),
+    ] = False,
+    timeout: Annotated[
+        float | None,
+        typer.Option(min=1, help="Seconds to wait for another process. [default: torch's]"),
+    ] = None,
 ) -> None:
     """Train one network, by default with the recipe of its data set and method.
 
@@ -95,7 +105,12 @@ def train(
     """
     from lipfast.data import load
     from lipfast.report.experiment import Experiment, adapted_recipe, available_device
-    from lipfast.training import CHECKPOINT_NAME, TrainingDiverged, distributed_from_env
+    from lipfast.training import (
+        CHECKPOINT_NAME,
+        ProcessLost,
+        TrainingDiverged,
+        distributed_from_env,
+    )
     from lipfast.training import train as run
 
     with user_errors():
@@ -110,7 +125,7 @@ def train(
         )
         device = available_device(device)
         sets = load(data, data_root)
-    with distributed_from_env(device) as world:
+    with distributed_from_env(device, timeout=timeout) as world:
         with user_errors():
             experiment = Experiment(
                 method,
@@ -146,8 +161,9 @@ def train(
                     resume=resume,
                     progress=bar,
                     on_epoch=None if bar else show,
+                    shard_weights=shard_weights,
                 )
-        except TrainingDiverged as error:
+        except (TrainingDiverged, ProcessLost) as error:
             raise failure(str(error), code=1) from None
         console.print(
             f"{result.epochs} epochs in {result.seconds:.1f} s, "

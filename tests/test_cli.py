@@ -213,6 +213,7 @@ def test_python_m_and_torchrun_environment(tmp_path: Path) -> None:
     shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     assert shown.stdout == f"lipfast {lipfast.__version__}\n"
     arguments = ["train", "--method", "cpl", "--data", "digits", "--epochs", "1", "--out", "out"]
+    arguments += ["--shard-weights", "--timeout", "60"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     shown = subprocess.run(
         [*launcher, "--nproc-per-node=2", "-m", "lipfast", *arguments, "--device", "cpu"],

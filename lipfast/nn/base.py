@@ -269,10 +269,8 @@ class LipschitzModule(nn.Module):
             return
         for name, parameter in self.named_parameters():  # of parametrisations too
             if hasattr(parameter, "full_tensor"):
-                raise ValueError(
-                    f"{name}: expected a whole tensor in {type(self).__name__}, got a DTensor, as "
-                    "FSDP makes them; call unshard() on the sharded module first"
-                )
+                wanted = "expected a whole tensor, got a DTensor: unshard() the FSDP module first"
+                raise ValueError(f"{name}: {wanted}")
             values = parameter.detach()
             if values.numel() and not bool(torch.isfinite(values).all()):
                 raise ValueError(

@@ -19,6 +19,7 @@ CASES = {
     "tail-of-one": ("plain", 33, 16),
     "cpl": ("cpl", 45, 15),
     "soc": ("soc", 33, 16),
+    "sharded": ("lot", 33, 16),
 }
 
 
@@ -121,7 +122,10 @@ def main():
         if sys.argv[2:] == ["diverge"]:
             outcome = diverge(world, folder / "diverge")
         else:
-            outcome = {name: fit(world, folder / name, *case) for name, case in CASES.items()}
+            outcome = {
+                name: fit(world, folder / name, *case, shard_weights=name == "sharded")
+                for name, case in CASES.items()
+            }
             outcome["resumed"] = resume(world, folder / "resumed")
         (folder / f"rank{world.rank}.json").write_text(json.dumps(outcome))
 

@@ -50,7 +50,7 @@ def results(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
 
-@pytest.mark.parametrize("case", ["uneven", "tail-of-one", "cpl", "soc"])
+@pytest.mark.parametrize("case", ["uneven", "tail-of-one", "cpl", "soc", "sharded"])
 def test_two_processes_equal_one(runs, case):
     (single,) = results(runs[1])
     first, second = results(runs[2])
