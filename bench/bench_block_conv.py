@@ -57,7 +57,7 @@ def bench_bcop_weight(compare, benchmark, channels):
 
 @pytest.mark.parametrize("k", [3, 5])
 @pytest.mark.parametrize("channels", CHANNELS)
-def bench_block_conv(compare, channels, k):
+def bench_block_conv(compare, channels, k, full):
     matrices = orthogonal(2 * k - 1, channels, channels)
     inputs = [matrices[0].clone(), matrices[1:, :, : channels // 2].clone()]
     inputs = [t.requires_grad_() for t in inputs]
@@ -68,4 +68,9 @@ def bench_block_conv(compare, channels, k):
 
     check(run("torch")(), run("reference")())
     rounds = 15 if channels < 256 else 7
-    compare({"torch": run("torch"), "published": run("reference")}, rounds=rounds)
+    variants = {"torch": run("torch"), "published": run("reference")}
+    if full:
+        compiled = torch.compile(lambda h, q: block_conv(h, q, backend="reference"), dynamic=False)
+        variants["published, compiled"] = lambda: step(compiled, inputs, grad)
+        check(run("torch")(), variants["published, compiled"]())
+    compare(variants, rounds=rounds)

@@ -31,7 +31,7 @@ def step(function: Callable[[Tensor], Tensor], weight: Tensor, grad: Tensor) -> 
 
 
 @pytest.mark.parametrize(("channels", "side"), SHAPES)
-def bench_cayley_weight(compare, benchmark, channels, side):
+def bench_cayley_weight(compare, benchmark, channels, side, full):
     """From the taps to the planar transfer matrices and back."""
     generator = torch.Generator().manual_seed(0)
     shape = (channels, channels, 3, 3)
@@ -60,13 +60,16 @@ def bench_cayley_weight(compare, benchmark, channels, side):
 
     variants = {name: run(function, grad) for name, function in functions.items()}
     variants["published"] = run(lambda w: published(w, side), complex_grad)
-    ratios = compare(variants)
+    if full:
+        compiled = torch.compile(published, dynamic=False)
+        variants["published, compiled"] = run(lambda w: compiled(w, side), complex_grad)
+    # multiply-adds of real numbers: 4 n^3 to invert a complex matrix, 8 n^3 for the two products
+    products = 12 * len(matrices) * channels**3
+    ratios = compare(variants, flops=2 * products)
     megabytes = {
         "ours": saved_bytes(lambda: functions[chosen](weight), weight) / 1e6,
         "published": saved_bytes(lambda: published(weight, side), weight) / 1e6,
     }
-    # multiply-adds of real numbers: 4 n^3 to invert a complex matrix, 8 n^3 for the two products
-    products = 12 * len(matrices) * channels**3
     gigaflops = 2e-6 * products / benchmark.extra_info["median_ms"][chosen]
     benchmark.extra_info["saved_megabytes"] = {k: round(v, 3) for k, v in megabytes.items()}
     benchmark.extra_info["gflops"] = round(gigaflops, 1)

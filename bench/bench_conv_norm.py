@@ -146,7 +146,7 @@ def bench_conv_norm_map_bound(benchmark, channels, side, padding_mode):
     ratio = float(bound / estimate)
     assert 1 < ratio < 1.002
     benchmark.extra_info["over an estimate"] = round(ratio, 6)
-    # without variants to compare, the table of bench/summary.py shows this one alone
+    # without variants to compare, the table of `lipfast report` shows this one alone
     milliseconds = round(benchmark.stats.stats.median * 1e3, 4)
     benchmark.extra_info.update(median_ms={"bound": milliseconds}, ratio={})
     print(f"\n{milliseconds:.0f} ms, at most {ratio:.6f} times the norm")

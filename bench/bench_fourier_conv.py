@@ -46,7 +46,7 @@ def plain(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("channels", "side"), SHAPES)
-def bench_fourier_conv(compare, benchmark, channels, side):
+def bench_fourier_conv(compare, benchmark, channels, side, full):
     x, kernel, grad = inputs(channels, side)
     spectrum = kernel_spectrum(kernel.detach(), (side, side))
     chosen = backends.choose("fourier_conv", spectrum, x)
@@ -54,6 +54,8 @@ def bench_fourier_conv(compare, benchmark, channels, side):
     if GPU and chosen != "triton":
         functions["triton"] = lambda x, kernel: ours(x, kernel, "triton")
     functions["published"] = published
+    if full:
+        functions["published, compiled"] = torch.compile(published, dynamic=False)
     wide = [t.detach().double().requires_grad_() for t in (x, kernel)]
     exact = step(published, *wide, grad.double())
     for name, function in functions.items():
@@ -61,9 +63,9 @@ def bench_fourier_conv(compare, benchmark, channels, side):
             assert (value.double() - truth).norm() < 1e-5 * truth.norm(), name
     functions["conv2d"] = plain
     variants = {name: lambda f=f: step(f, x, kernel, grad) for name, f in functions.items()}
-    compare(variants, rounds=9)
     # real multiply-adds of the products with transfer matrices, and one of three as long backwards
     flops = 2 * 3 * 4 * len(spectrum) * BATCH * channels**2
+    compare(variants, rounds=9, flops=flops)
     gigaflops = 1e-6 * flops / benchmark.extra_info["median_ms"][chosen]
     benchmark.extra_info["gflops"] = round(gigaflops, 1)
     print(f"{gigaflops:.0f} GFLOP/s in the products with transfer matrices alone")

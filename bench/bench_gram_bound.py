@@ -34,7 +34,7 @@ def precision(request):
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
-def bench_gram_bound(compare, channels, precision, benchmark):
+def bench_gram_bound(compare, channels, precision, benchmark, full):
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(channels, channels, 3, 3, generator=generator).to(DEVICE)
     grad = torch.rand(channels, generator=generator).to(DEVICE)
@@ -44,6 +44,8 @@ def bench_gram_bound(compare, channels, precision, benchmark):
         if name != chosen and backends.why_not("gram_bound", name, weight) is None:
             functions[name] = lambda weight, name=name: gram_bound(weight, backend=name)
     functions["published"] = published
+    if full:
+        functions["published, compiled"] = torch.compile(published, dynamic=False)
     exact = step(published, weight.double(), grad.double())
     for name, function in functions.items():
         for ours, theirs in zip(step(function, weight, grad), exact, strict=True):
@@ -55,7 +57,11 @@ def bench_gram_bound(compare, channels, precision, benchmark):
         return lambda: step(function, weight, grad)
 
     variants = {name: run(function) for name, function in functions.items()}
-    ratios = compare(variants)
+    ratios = compare(
+        variants,
+        flops=2 * 126 * channels**3,
+        precision="tf32" if precision == "tf32" else "fp32",
+    )
     seconds = benchmark.extra_info["median_ms"][chosen] / 1e3
     flops = 2 * (45 + 81) * channels**3 / seconds
     benchmark.extra_info["tflops"] = round(flops / 1e12, 4)

@@ -67,7 +67,7 @@ def saved_inputs(function: Callable[[], Tensor], x: Tensor, *known: Tensor) -> f
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize(("channels", "side"), SHAPES)
-def bench_residual_conv(compare, benchmark, channels, side, memory_format, dtype):
+def bench_residual_conv(compare, benchmark, channels, side, memory_format, dtype, full):
     inputs = make_inputs(channels, side, FORMATS[memory_format])
     grad = torch.randn(inputs[0].shape, device=DEVICE).contiguous(
         memory_format=FORMATS[memory_format]
@@ -75,6 +75,8 @@ def bench_residual_conv(compare, benchmark, channels, side, memory_format, dtype
     functions = {"torch": ours, "published": published, "plain pair": plain_pair}
     if backends.why_not("residual_conv", "triton", *inputs) is None:
         functions["triton"] = fused
+    if full:
+        functions["published, compiled"] = torch.compile(published, dynamic=False)
     wide = [t.detach().double().requires_grad_() for t in inputs]
     exact = step(published, wide, grad.double())
 
@@ -93,7 +95,11 @@ def bench_residual_conv(compare, benchmark, channels, side, memory_format, dtype
         for name, f in functions.items()
     }
     benchmark.extra_info["saved_inputs"] = saved
-    compare({name: run(function) for name, function in functions.items()})
+    compare(
+        {name: run(function) for name, function in functions.items()},
+        flops=6 * 2 * inputs[0].numel() * channels * 9,
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
+    )
     print(f"saved for backward, in inputs: {saved}")
 
 

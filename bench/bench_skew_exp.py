@@ -42,7 +42,7 @@ def saved_inputs(function: Callable[[], Tensor], x: Tensor) -> float:
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular"])
 @pytest.mark.parametrize(("channels", "side"), SHAPES)
-def bench_skew_exp(compare, benchmark, channels, side, padding_mode):
+def bench_skew_exp(compare, benchmark, channels, side, padding_mode, full):
     """Forward and backward with the five published terms."""
     x, kernel, grad = make_inputs(channels, side)
 
@@ -58,13 +58,21 @@ def bench_skew_exp(compare, benchmark, channels, side, padding_mode):
         "published": run(backend="reference"),
         "input": run(save="input"),
     }
+    if full:
+        compiled = torch.compile(reference.skew_exp, dynamic=False)
+
+        def compiled_step() -> list[Tensor]:
+            y = compiled(x, kernel, 5, padding_mode)
+            return [y, *torch.autograd.grad(y, [x, kernel], grad)]
+
+        variants["published, compiled"] = compiled_step
     wide = [t.detach().double().requires_grad_() for t in (x, kernel)]
     y = reference.skew_exp(*wide, 5, padding_mode)
     exact = [y, *torch.autograd.grad(y, wide, grad.double())]
     errors = [worst_error(function(), exact) for function in variants.values()]
     # of the published form; one weight gradient over all terms sums n times as many products
     assert max(errors) < 2 * errors[1] + 1e-5
-    compare(variants, rounds=9, warmup=2)
+    compare(variants, rounds=9, warmup=2, flops=15 * 2 * x.numel() * channels * 9)
 
 
 @pytest.mark.parametrize(("channels", "side"), SHAPES)

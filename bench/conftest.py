@@ -14,6 +14,7 @@ import lipfast
 from lipfast.models import SIZES
 from lipfast.nn import METHODS
 from lipfast.report.bench import ratio_lines
+from lipfast.report.roofline import floor_seconds
 
 Variants = dict[str, Callable[[], object]]
 
@@ -50,11 +51,19 @@ def full(request) -> bool:
 def compare(benchmark, request):
     """Time variants in turns; the first is ours, the ratios say how much slower the others are.
 
-    With `seconds` there are as many rounds, 1 to `rounds`, as fit in about that time.
+    With `seconds` there are as many rounds, 1 to `rounds`, as fit in about that time. With the
+    FLOPs or the bytes that any variant needs, a GPU's share of its floor is recorded.
     """
 
     def run(
-        variants: Variants, *, rounds: int = 15, warmup: int = 3, seconds: float | None = None
+        variants: Variants,
+        *,
+        rounds: int = 15,
+        warmup: int = 3,
+        seconds: float | None = None,
+        flops: float = 0.0,
+        moved_bytes: float = 0.0,
+        precision: str = "fp32",
     ) -> dict[str, float]:
         for _ in range(warmup):
             begin = time.perf_counter()
@@ -63,17 +72,23 @@ def compare(benchmark, request):
             once = time.perf_counter() - begin
         if seconds is not None:
             rounds = min(rounds, max(1, int(seconds / once)))
-        seconds: dict[str, list[float]] = {name: [] for name in variants}
+        times: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(rounds):
             for name, function in variants.items():
-                seconds[name].append(elapsed(function))
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
+                times[name].append(elapsed(function))
+        medians = {name: statistics.median(values) for name, values in times.items()}
         ours, *others = variants
         own = 1 if seconds is not None else rounds  # what pytest-benchmark times itself
         benchmark.pedantic(lambda: finish(variants[ours]), rounds=own, warmup_rounds=int(own > 1))
         ratios = {name: medians[name] / medians[ours] for name in others}
         benchmark.extra_info["median_ms"] = {k: round(v * 1e3, 4) for k, v in medians.items()}
         benchmark.extra_info["ratio"] = {k: round(v, 3) for k, v in ratios.items()}
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        work = {"flops": flops, "moved_bytes": moved_bytes, "precision": precision}
+        floor = floor_seconds(gpu, **work) if flops or moved_bytes else None
+        if floor:
+            shares = {name: round(floor / median, 3) for name, median in medians.items()}
+            benchmark.extra_info["share of the floor"] = shares
         shown = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
         print(f"\n{request.node.name}: {ours} {medians[ours] * 1e3:.3f} ms; {shown}")
         return ratios

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _LIMITS = (0.2, 50.0)  # of the plots' axis of ratios
 _COLUMNS = 3
+_FOR_SCALE = ("plain", "conv2d", "copies")  # in the names of variants that do not compete
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,12 @@ class BenchReport:
 
 
 def rivals(row: Row) -> dict[str, float]:
-    """The ratios of a row without those of plain convolutions, which make no 1-Lipschitz layer."""
-    return {name: ratio for name, ratio in row.ratio.items() if "plain" not in name}
+    """The ratios of a row without those that are there for scale: plain convolutions and copies."""
+    return {
+        name: ratio
+        for name, ratio in row.ratio.items()
+        if not any(scale in name for scale in _FOR_SCALE)
+    }
 
 
 def ratio_lines(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> list[str]:
