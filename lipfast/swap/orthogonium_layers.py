@@ -180,17 +180,18 @@ def block_kernels(
     its horizontal and its vertical pair, the order of `ops.block_conv` with the axes exchanged.
     """
     layers, groups, number, c, _ = factors.shape
-    factors = factors.flatten(0, 1)
-    size = number // 2
+    pairs = number // 2 - 1
+    order = [index for pair in _block_order(pairs) for index in (2 + pairs + pair, 2 + pair)]
+    # all at once, and not by slices, whose derivatives fill whole tensors
+    ordered = factors.flatten(0, 1)[:, [0, 1, *order]]
+    first, second, halves = ordered.split([1, 1, 2 * pairs], dim=1)
+    first, second = first.squeeze(1), second.squeeze(1)
     rows = min(in_channels, out_channels) // groups
-    first, second, blocks = factors[:, 0], factors[:, 1], factors[:, 2:]
     factor = torch.eye(rows, c, dtype=factors.dtype, device=factors.device)
     factor = factor - 2 * second[:, :rows] @ second.mT
-    factor = factor - 2 * (factor @ first) @ first.mT
-    if size > 1:
-        order = _block_order(size - 1)
-        columns = [index for block in order for index in (size - 1 + block, block)]
-        kernels = ops.block_conv(factor, blocks[:, columns], backend=backend).transpose(3, 4)
+    factor = torch.baddbmm(factor, factor @ first, first.mT, alpha=-2)
+    if pairs:
+        kernels = ops.block_conv(factor, halves, backend=backend).transpose(3, 4)
     else:
         kernels = factor[..., None, None]
     if out_channels >= in_channels:
