@@ -39,7 +39,7 @@ def group_key(layer: LipschitzModule, map_size: MapSize) -> Hashable | None:
     if not all(t is None or type(t) in (Tensor, nn.Parameter) for t in tensors):
         return None
     specs = tuple(None if t is None else _spec(t) for t in tensors)
-    return (kind._stacked_weights, layer._build_options(), map_size, specs)
+    return (kind, layer._build_options(), map_size, specs)
 
 
 def _spec(tensor: Tensor) -> tuple[Hashable, ...]:

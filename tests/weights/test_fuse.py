@@ -120,6 +120,15 @@ def test_layers_that_differ_are_not_built_together():
     assert grouped(bcop(4, 6, 3), bcop(6, 4, 3)) == [1, 1]
 
 
+def test_a_subclass_is_built_with_its_own_kind_only():
+    class Other(METHODS["bcop"].conv):
+        def _compose(self, matrices, backend):
+            return -super()._compose(matrices, backend)
+
+    assert grouped(METHODS["bcop"].conv(4, 4, 3), Other(4, 4, 3)) == [1, 1]
+    assert grouped(Other(4, 4, 3), Other(4, 4, 3)) == [2]
+
+
 def test_layers_with_a_construction_of_their_own_are_built_alone():
     class Doubled(METHODS["aol"].conv):
         def _training_weights(self, map_size):
