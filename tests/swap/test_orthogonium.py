@@ -198,6 +198,41 @@ def test_a_network_of_them_all():
     assert abs(lipfast.certify.lipschitz_bound(ours) - 1) < 1e-6
 
 
+def test_layers_of_equal_shape_are_built_together():
+    layers = [_conditioned(Conv, 4, 4, 3, stride=2, padding=1) for _ in range(2)]
+    apart = lipfast.accelerate(nn.Sequential(*layers))
+    together = lipfast.fuse(copy.deepcopy(apart))
+    x = torch.randn(2, 4, 8, 8)
+    for model in (apart, together):
+        model(x).square().sum().backward()
+    for p, q in zip(apart.parameters(), together.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or distance(q.grad, p.grad) < 1e-5
+
+
+def test_transforms_compiler_and_second_derivatives():
+    layer = lipfast.accelerate(_conditioned(Conv, 4, 6, 3, stride=2, padding=1))
+    x = torch.randn(2, 4, 6, 6)
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager")
+    assert distance(compiled(x).detach(), layer(x).detach()) < 1e-5
+    parameters = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(values):
+        return torch.func.functional_call(layer, values, x).square().sum()
+
+    layer(x).square().sum().backward()
+    for name, grad in torch.func.grad(loss)(parameters).items():
+        assert distance(grad, layer.get_parameter(name).grad) < 1e-4
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(layer(leaf).square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), leaf)
+    # affine, y = J x + b: the gradient is g = 2 J^T y, and that of its square 4 J^T J g
+    jacobian = torch.autograd.functional.jacobian(layer, x[:1]).reshape(-1, x[0].numel())
+    gram = jacobian.T @ jacobian
+    expected = 4 * (grad.detach().flatten(1) @ gram)
+    assert distance(second.flatten(1), expected) < 1e-4
+
+
 def _parameters(**kwargs):
     return {"ortho_params": reparametrizers.OrthoParams(**kwargs)}
 
