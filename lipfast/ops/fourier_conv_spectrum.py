@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lipfast.ops.context import is_transformed, without_autocast
+from lipfast.ops.context import why_not_transformed, without_autocast
 from lipfast.reference.fourier_conv import kernel_spectrum as reference_spectrum
 
 from .fourier_conv_dft import cached_table, phases
@@ -39,7 +39,7 @@ def kernel_spectrum(kernel: Tensor, map_size: tuple[int, int]) -> Tensor:
     if kernel.dtype.itemsize < 4:
         kernel = kernel.float()
     h, w = map_size
-    if not is_transformed(kernel):
+    if why_not_transformed(kernel) is None:
         return torch.ops.lipfast.kernel_spectrum(kernel, h, w)
     kernels = kernel.flatten(0, -4)  # the transform does not mix output channels
     spectrum = reference_spectrum(kernels, (h, w))
