@@ -46,7 +46,8 @@ class LipschitzModule(nn.Module):
     graph (their parameters get no gradient there; inputs do, and so does a bias that is added at
     the end), in float64, and kept until a parameter changes, moves or is replaced, the map size
     changes, or `train()` or `eval()` is called. A write that PyTorch itself does not count
-    (`parameter.data.copy_(...)`) needs such a call.
+    (`parameter.data.copy_(...)`) needs such a call. A graph of torch.compile builds them in every
+    call: for compiled inference compile `to_plain()`'s module.
     """
 
     in_channels: int
@@ -73,8 +74,7 @@ class LipschitzModule(nn.Module):
         super().__init__()
         self._cache: _CacheEntry | None = None
         self._last_map_size: tuple[int, int] | None = None
-        # whoever sets it takes it away after the forward pass
-        self.prebuilt: Prebuilt | None = None
+        self.prebuilt: Prebuilt | None = None  # whoever sets it takes it away again
 
     def effective_kernel(self, input_size: tuple[int, int] | None = None) -> Tensor:
         """Return the kernel of the one convolution that the layer is in evaluation mode.
