@@ -50,7 +50,10 @@ def is_known(module: nn.Module) -> bool:
 
 def runs_forward_of(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a module runs torch's own forward pass of this kind."""
-    return isinstance(module, kind) and type(module).forward is kind.forward
+    return isinstance(module, kind) and all(
+        getattr(type(module), name, None) is getattr(kind, name, None)
+        for name in ("forward", "_conv_forward")
+    )
 
 
 def window_count(kernel: int, stride: int, dilation: int = 1) -> int:

@@ -82,6 +82,7 @@ class _Bounds(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, check: Check | None) -> None:
         super().__init__(module, garbage_collect_values=False)  # storages identify aliases
+        self.extra_traceback = False
         self.check = check
         self.constants: dict[fx.Node, float] = {}
         self.bound = math.inf

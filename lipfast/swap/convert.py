@@ -86,7 +86,7 @@ def convert(
     if dry_run:
         return report_of(model, steps, example)
     perform(plan)
-    report = report_of(model, steps, example)
+    report = report_of(model, steps, example, bounded=example is not None)
     _LOG.info("convert:\n%s", report)
     if report.breaking:
         text = breaking_text(report.breaking)

@@ -11,7 +11,8 @@ from lipfast.certify.factors import runs_forward_of
 from lipfast.nn import METHODS, LipschitzConv2d, LipschitzLinear, LipschitzModule, MaxMin
 from lipfast.nn.options import split_options
 
-from .rules import Unsupported
+from .adopt import _shell
+from .rules import Replacement, Unsupported
 
 # whose layer is near the one that it replaces, so that its weights are a start
 _NEAR = {"aol", "lot"}
@@ -136,12 +137,19 @@ def _checked(
         raise Unsupported(f"its {names} is parametrised; remove_parametrizations before")
     if "weight" not in module._parameters:
         raise Unsupported("its weight is not a parameter")
-    try:
-        shell = layer(**arguments, device="meta", dtype=module.weight.dtype)
-    except ValueError as error:
-        raise Unsupported(str(error)) from error
+    own = _own_methods(module)
+    if own:
+        raise Unsupported(f"its class defines {', '.join(own)}, which would be lost")
+    shell: Any = _shell(Replacement(layer, arguments), module.weight.dtype)
     keep = near and shell.weight.shape == module.weight.shape
     return Conversion(module, layer, arguments, keep)
+
+
+def _own_methods(module: nn.Module) -> list[str]:
+    """What a subclass of torch's class adds, its initialisation apart."""
+    kinds = [k for k in type(module).__mro__ if not k.__module__.startswith(("torch.", "builtins"))]
+    names = [n for kind in kinds for n, value in vars(kind).items() if callable(value)]
+    return [n for n in names if n not in ("__init__", "reset_parameters", "extra_repr")]
 
 
 def _refuse_broken_ties(model: nn.Module, plan: Plan) -> None:
@@ -173,10 +181,16 @@ def _replace(conversion: Conversion, made: dict[int, nn.Parameter]) -> None:
     """Make the module an instance of the new class: the object, its hooks and name stay."""
     module, old = conversion.module, dict(conversion.module._parameters)
     weight = old.get("weight")
-    factory: dict[str, Any] = {}
-    if isinstance(weight, Tensor) and issubclass(conversion.layer, LipschitzModule):
-        factory = {"device": weight.device, "dtype": weight.dtype}
-    new = conversion.layer(**conversion.arguments, **factory)
+    if not isinstance(weight, Tensor) or not issubclass(conversion.layer, LipschitzModule):
+        new = conversion.layer(**conversion.arguments)
+    elif conversion.keep or weight.is_meta:
+        new = _shell(Replacement(conversion.layer, conversion.arguments), weight.dtype)
+        for name, buffer in new._buffers.items():
+            if buffer is not None:
+                new._buffers[name] = torch.zeros_like(buffer, device=weight.device)
+    else:
+        factory: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        new = conversion.layer(**conversion.arguments, **factory)
     for name, parameter in new._parameters.items():
         before = old.get(name)
         if parameter is None or not isinstance(before, nn.Parameter):

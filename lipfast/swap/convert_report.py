@@ -103,7 +103,7 @@ class ConvertReport:
     def summary(self) -> str:
         """Return the numbers of layers and the bound in one line."""
         counts = [f"{len(self._of(s))} {s}" for s in _STYLES if self._of(s)]
-        bound = "no bound" if self.bound is None else f"bound {self.bound:.6g}"
+        bound = "no bound" if self.bound is None else f"bound {self.bound:.6g} as it is now"
         return f"{', '.join(counts)}; {bound}: {self.bound_note}"
 
     def __str__(self) -> str:
@@ -124,13 +124,17 @@ def steps_of(model: nn.Module, plan: Plan) -> tuple[Step, ...]:
     return (*(_step(tuple(paths[m]), m, plan.get(m)) for m in layers), *_operations(model))
 
 
-def report_of(model: nn.Module, steps: tuple[Step, ...], example: Tensor | None) -> ConvertReport:
-    """Return the report with the bound of the network as it is now."""
+def report_of(
+    model: nn.Module, steps: tuple[Step, ...], example: Tensor | None, *, bounded: bool = True
+) -> ConvertReport:
+    """Return the report, with the bound of the network as it is now where it is wanted."""
+    if not bounded:
+        return ConvertReport(steps, None, "ask by example or dry_run")
     if any(tensor.is_meta for tensor in model.parameters()):
         return ConvertReport(steps, None, "its parameters are on the meta device")
     try:
         bound = lipschitz_bound(_original(model), example)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         return ConvertReport(steps, None, str(error))
     where = "" if example is None else f", inputs of shape {tuple(example.shape)}"
     return ConvertReport(steps, bound, f"evaluation mode{where}")

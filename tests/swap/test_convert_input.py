@@ -192,6 +192,43 @@ def test_parametrised_layers_are_left_alone():
     assert len(lipfast.convert(model, dry_run=True).left_alone) == 2
 
 
+def test_subclasses_are_converted_unless_they_would_lose_methods():
+    class Scaled(nn.Conv2d):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 1)
+
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return 2 * super()._conv_forward(x, weight, bias)
+
+    class Helped(nn.Linear):
+        def help(self):
+            return 1
+
+    model = nn.Sequential(Scaled(3), Doubled(3, 3, 1), nn.Flatten(), Helped(12, 12))
+    with pytest.warns(UserWarning, match="Helped at 3: its class defines help, which would"):
+        lipfast.convert(model)
+    assert [type(m).__name__ for m in model] == ["AOLConv2d", "Doubled", "Flatten", "Helped"]
+    report = lipfast.convert(model, dry_run=True, example=torch.randn(1, 3, 2, 2))
+    assert "conv2d" in {step.kind for step in report.breaking}
+    assert report.bound is None
+
+
+def test_a_wrong_example_leaves_the_bound_open():
+    model = nn.Sequential(nn.Linear(4, 4))
+    report = lipfast.convert(model, dry_run=True, example=torch.randn(2, 5))
+    assert report.bound is None
+    assert "5" in report.bound_note
+
+
+@pytest.mark.timeout(60)
+def test_large_layers_that_keep_their_weights_are_not_initialised():
+    model = nn.Sequential(nn.Linear(4096, 8000), nn.Linear(8000, 16))
+    weights = [layer.weight for layer in model]
+    lipfast.convert(model)
+    assert all(layer.weight is weight for layer, weight in zip(model, weights, strict=True))
+
+
 def test_a_forward_pass_that_cannot_be_traced_is_said():
     class Branching(nn.Module):
         def __init__(self):
