@@ -32,9 +32,9 @@ def graph_bound(model: nn.Module, example: Tensor, check: Check | None = None) -
         if len(names) != 1:
             raise TypeError(f"model: expected a network of one input, got {', '.join(names)}")
         interpreter = _Bounds(traced, check)
-        result = interpreter.run(example)
+        result = interpreter.run(example.clone())  # the network may write into its input
         # a trace forgets what `x += y` does to other names of x
-        if not _is_close(result, model(example)):
+        if not _is_close(result, model(example.clone())):
             raise TypeError(
                 f"model: the traced graph of {type(model).__name__} computes something else than "
                 "its forward pass, so that its bound is not known"

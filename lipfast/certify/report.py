@@ -114,8 +114,8 @@ def _precision_owners() -> list[Any]:
 
 def _predict(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, labels, and the first sample as an example."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores, labels, and the first samples as an example."""
     parameter = next(model.parameters())
     if parameter.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -126,7 +126,8 @@ def _predict(
     examples: list[Tensor] = []
     for x, y in loader:
         images = x.to(parameter.device, parameter.dtype)
-        examples = examples or [images[:1]]
+        if not examples and len(images):
+            examples = [images[:2]]
         scores.append(model(images))
         labels.append(y.to(parameter.device))
     if not scores:
@@ -134,7 +135,7 @@ def _predict(
     all_scores = torch.cat(scores)
     if not bool(torch.isfinite(all_scores).all()):
         raise ValueError("model: expected finite scores, got NaN or Inf")
-    return all_scores, torch.cat(labels), examples[0]
+    return all_scores, torch.cat(labels), examples[0] if examples else None
 
 
 def _split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:

@@ -110,6 +110,15 @@ def test_without_an_example_the_error_asks_for_one():
         certify.lipschitz_bound(Net(fire))
 
 
+def test_the_example_is_not_written():
+    net = Net(lambda m, x: m.relu(x[:, :2]).sum(1, keepdim=True) + x)
+    x = torch.randn(2, 3, 4, 4)
+    before = x.clone()
+    # the addition sees x after its first two channels were changed
+    assert certify.lipschitz_bound(net, x) == pytest.approx(math.sqrt(2) * math.sqrt(3) + 1)
+    assert torch.equal(x, before)
+
+
 def test_hooks_on_a_layer_are_refused():
     net = Net(fire)
     net.conv.register_forward_hook(lambda module, args, output: 3 * output)
