@@ -39,6 +39,9 @@ class Adoption:
         module.__class__ = self.layer
         for name in (*self.replacement.forget, *self.shell._parameters):
             module.__dict__.pop(name, None)
+        for name, parameter in self.shell._parameters.items():
+            if parameter is None and name not in dict(self.views):
+                module._parameters.setdefault(name, None)
         own = nn.Module().__dict__
         module.__dict__.update({k: v for k, v in self.shell.__dict__.items() if k not in own})
         for name, buffer in self.shell._buffers.items():

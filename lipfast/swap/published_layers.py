@@ -19,12 +19,43 @@ from lipfast.nn.kernel import (
 )
 from lipfast.nn.layers import LipschitzLinear
 from lipfast.nn.residual import ResidualModule
+from lipfast.ops.context import inside_transforms, is_traced
+from lipfast.ops.polar_gemm import polar_backward
 
 _EPSILON = 1e-6
+_DEFECT_LIMIT = 1e-3  # of ||I - W W^H||_F beyond that of orthogonal V: where s^2 >= 0.1
+_GRADIENT_STEPS = 12  # of conjugate gradients
 
 
 class PublishedLOTConv2d(LOTConv2d):
-    """LOT with its ridge: singular values s / sqrt(s^2 + 1e-4), in evaluation mode too."""
+    """LOT by ten Newton steps: singular values s / sqrt(s^2 + 1e-4) where they have converged.
+
+    In float32 on a CPU they are taken only for frequencies where `ops.polar`, by fewer steps, has
+    not converged, or where the ridge matters to the derivative.
+    """
+
+    def _orthogonalise(
+        self,
+        layers: Sequence[Any],
+        matrices: Tensor,
+        scale: Tensor,
+        planar: bool,
+        backend: str | None,
+    ) -> Tensor:
+        ridge = (self.ridge / scale**2).view(-1, *(1,) * planar)
+        fast = backend is None and backends.forced() is None and matrices.dtype == torch.float32
+        readable = not is_traced(matrices) and not inside_transforms()
+        if not fast or not readable or matrices.device.type != "cpu":
+            return newton_factor(matrices, ridge, planar)
+        planes = matrices if planar else matrices.unsqueeze(-3)
+        factors, defects = RidgedPolar.apply(planes, ridge)
+        size = min(matrices.shape[-2:])
+        slow = ~(defects <= ridge * size**0.5 + _DEFECT_LIMIT)
+        factors = factors if planar else factors.squeeze(-3)
+        if not bool(slow.any()):
+            return factors
+        fixed = newton_factor(matrices[slow], ridge.expand(slow.shape)[slow], planar)
+        return factors.index_put((slow,), fixed)
 
     def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
         kernels = stacked_kernels([self]).double()
@@ -183,6 +214,53 @@ class BjorckStepsLinear(KernelModule, LipschitzLinear):
         self.weight.copy_(nn.init.orthogonal_(torch.empty(self.weight.shape)))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+class RidgedPolar(torch.autograd.Function):
+    """W = (V V^H + ridge I)^(-1/2) V and ||I - W W^H||_F, planar; derived as if ridge were 0.
+
+    The derivative is off by ridge / s^2, s the smallest singular value.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor, ridge: Tensor) -> tuple[Tensor, Tensor]:
+        real = matrices.shape[-3] == 1
+        factors = ops.polar(
+            matrices.squeeze(-3) if real else matrices, planar=not real, ridge=ridge
+        )
+        factors = factors.unsqueeze(-3) if real else factors
+        wide = factors.mT if factors.shape[-2] > factors.shape[-1] else factors
+        m = wide.shape[-2]
+        stack = wide.flatten(-3, -2)
+        table = stack @ stack.mT
+        gram = table[..., :m, :m]
+        defects = gram.new_zeros(gram.shape[:-2])
+        if not real:
+            gram = gram + table[..., m:, m:]
+            defects = (table[..., m:, :m] - table[..., :m, m:]).square().sum((-2, -1))
+        identity = torch.eye(m, dtype=gram.dtype, device=gram.device)
+        defects = ((gram - identity).square().sum((-2, -1)) + defects).sqrt()
+        ctx.save_for_backward(matrices, factors)
+        ctx.mark_non_differentiable(defects)
+        return factors, defects
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        tensors = (grad, *ctx.saved_tensors)
+        tall = grad.shape[-2] > grad.shape[-1]
+        wide = [(t.mT if tall else t).flatten(0, -4).contiguous() for t in tensors]
+        out = polar_backward(wide[0], wide[1], wide[2], _GRADIENT_STEPS)
+        return (out.mT if tall else out).reshape(grad.shape), None
+
+
+def newton_factor(matrices: Tensor, ridge: Tensor, planar: bool) -> Tensor:
+    """`reference.polar` of real (..., m, n) or planar (..., 2, m, n) matrices; ridge (...)."""
+    ridge = ridge[..., None, None]
+    if not planar:
+        return reference.polar(matrices, ridge=ridge)
+    factors = reference.polar(torch.complex(*matrices.unbind(-3)), ridge=ridge)
+    return torch.stack([factors.real, factors.imag], dim=-3)
 
 
 def largest_singular_value(matrices: Tensor) -> Tensor:

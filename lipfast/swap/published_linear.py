@@ -20,7 +20,7 @@ def _cayley_linear(module: nn.Module, exact: bool) -> Replacement:
     if not isinstance(alpha, Tensor) or alpha.numel() != 1:
         raise Unsupported("alpha is not one number")
     if exact and not alpha.is_meta and float(alpha.detach().abs()) > _ALPHA_LIMIT:
-        raise Unsupported(f"alpha is {float(alpha):g}, expected at most {_ALPHA_LIMIT:g}")
+        raise Unsupported(f"alpha is {float(alpha.detach()):g}, expected at most {_ALPHA_LIMIT:g}")
     return Replacement(
         lnn.CayleyLinear,
         _linear_arguments(module),
