@@ -14,12 +14,12 @@ from . import plan
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-# Up to these sizes of a layer five at once are faster on a CPU, for every method: numbers in the
-# weight (1.05 to 3.4 times; from 9 128^2 on 0.84 times for SOC to 1.3 times for CPL), and in the
-# transfer matrices of LOT and Cayley (1.0 to 1.2 times; 0.93 from a million on). Measured with one
-# thread by bench/bench_fuse.py. On a GPU fewer launches always pay.
+# Up to these sizes of a layer batches are faster on a CPU, for every method: numbers in the weight
+# (five layers at once 1.05 to 3.4 times; from 9 128^2 on 0.84 times for SOC to 1.3 times for CPL),
+# and in the transfer matrices of LOT and Cayley (1.1 to 1.2 times; beyond, a training step is up to
+# a tenth slower). Measured with one thread by bench/bench_fuse.py. On a GPU fewer launches pay.
 _CPU_WEIGHT = 1 << 17
-_CPU_TRANSFER_MATRICES = 400_000
+_CPU_TRANSFER_MATRICES = 320_000
 
 
 def fuse(model: _Model) -> _Model:
