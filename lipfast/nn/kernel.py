@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lipfast import backends, reference
+from lipfast import backends
 from lipfast.ops.context import (
     inside_transforms,
     is_autocast,
     is_transformed,
     why_not_transformed,
 )
+from lipfast.ops.convolution import conv2d
 
 from .base import LipschitzModule
 
@@ -28,7 +29,7 @@ class KernelModule(LipschitzModule):
         self._register_bias(self.out_channels if bias else None, factory)
 
     def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        return reference.conv2d(
+        return conv2d(
             x,
             weights[0],
             self.bias,

@@ -5,14 +5,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipfast import reference
 from lipfast.nn.base import LipschitzModule, SoundWeights
 from lipfast.nn.kernel import KernelModule
 from lipfast.nn.layers import LipschitzConv2d, LipschitzLinear
-from lipfast.ops.context import inside_transforms, is_traced
 
 from .rules import Unsupported
 
@@ -53,45 +51,12 @@ class PeerConv2d(KernelModule, LipschitzConv2d):
         self._make_parameters(bias, {"device": device, "dtype": dtype})
         self.reset_parameters()
 
-    def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        wraps = self.padding_mode == "circular" and self.padding != (0, 0) and x.numel() > 0
-        fits = self.padding[0] <= x.shape[-2] and self.padding[1] <= x.shape[-1]
-        if not (wraps and fits) or is_traced(x) or inside_transforms():
-            return super()._run(x, weights)
-        padded = _CircularPad.apply(x, *self.padding)
-        return F.conv2d(padded, weights[0], self.bias, self.stride, 0, self.dilation, self.groups)
-
     def reset_parameters(self) -> None:
         """Nothing: the parameters come from the layer that this one replaces."""
 
 
-class _CircularPad(torch.autograd.Function):
-    """Torch's circular padding, whose own derivative fills a tensor for each of its slices."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ph: int, pw: int) -> Tensor:
-        ctx.padding = (ph, pw)
-        return F.pad(x, (pw, pw, ph, ph), mode="circular")
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad,) = grads
-        for axis, p in zip((-2, -1), ctx.padding, strict=True):
-            size = grad.shape[axis] - 2 * p
-            inner = grad.narrow(axis, p, size).clone()
-            inner.narrow(axis, 0, p).add_(grad.narrow(axis, p + size, p))
-            inner.narrow(axis, size - p, p).add_(grad.narrow(axis, 0, p))
-            grad = inner
-        return grad, None, None
-
-
 class PeerLinear(KernelModule, LipschitzLinear):
     """A linear layer whose matrix another package defines."""
-
-    def _run(self, x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-        # on a CPU several times faster than the convolution of 1 x 1 maps
-        y = F.linear(x.flatten(1), weights[0].flatten(1), self.bias)
-        return y[:, :, None, None]
 
     def reset_parameters(self) -> None:
         """Nothing: the parameters come from the layer that this one replaces."""
