@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 from lipfast.backends import backend, set_backend
 
 if TYPE_CHECKING:
-    from lipfast.export import to_plain
-    from lipfast.swap import accelerate, convert
-    from lipfast.weights import fuse, shard
+    from lipfast.export.plain import to_plain
+    from lipfast.swap.accelerate import accelerate
+    from lipfast.swap.convert import convert
+    from lipfast.weights.fuse import fuse
+    from lipfast.weights.shard import shard
 
 __all__ = [
     "__version__",
