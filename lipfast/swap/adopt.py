@@ -1,6 +1,7 @@
 """Turn a foreign module into a lipfast layer, in place, with its own parameters."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,8 +63,7 @@ def adopted_class(layer: type[nn.Module], views: Views) -> type[nn.Module]:
         return layer
     if (layer, views) not in _CLASSES:
         getters = {
-            name: property(operator.attrgetter(view) if isinstance(view, str) else view)
-            for name, view in views
+            name: property(_reader(view) if isinstance(view, str) else view) for name, view in views
         }
         body = {
             "__doc__": layer.__doc__,
@@ -73,6 +73,19 @@ def adopted_class(layer: type[nn.Module], views: Views) -> type[nn.Module]:
         }
         _CLASSES[layer, views] = type(f"Adopted{layer.__name__}", (_Adopted, layer), body)
     return _CLASSES[layer, views]
+
+
+def _reader(path: str) -> Callable[[nn.Module], Any]:
+    """As `operator.attrgetter`, which torch.compile cannot trace."""
+    names = path.split(".")
+
+    def read(module: nn.Module) -> Any:
+        value: Any = module
+        for name in names:
+            value = getattr(value, name)
+        return value
+
+    return read
 
 
 class _Adopted(nn.Module):
