@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lipfast import ops, reference
 from lipfast.nn.aol import _AOL
@@ -42,8 +42,22 @@ class HalvesMaxMin(MaxMin):
         y = ops.maxmin(x.contiguous().view(pieces)).view(x.shape)
         return y.movedim(-1, 1) if turned else y
 
+    def to_plain(self, channels: int | None = None) -> nn.Module:
+        """Return an equivalent module of torch operations; `channels` makes no difference."""
+        return fx.symbolic_trace(_PlainHalves(self.axis))
+
     def extra_repr(self) -> str:
         return f"axis={self.axis}"
+
+
+class _PlainHalves(nn.Module):
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, self.axis)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], self.axis)
 
 
 class OrthogoniumAOLConv2d(_AOL, PeerConv2d):

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from lipfast import ops, reference
 from lipfast.nn.base import SoundWeights
@@ -33,8 +33,21 @@ class TorchlipMinMax(MaxMin):
         """Return the coefficient: the map only permutes."""
         return abs(self.coefficient)
 
+    def to_plain(self, channels: int | None = None) -> nn.Module:
+        """Return an equivalent module of torch operations; see `lipfast.nn.MaxMin.to_plain`."""
+        return fx.symbolic_trace(_PlainMinMax(super().to_plain(channels), self.coefficient))
+
     def extra_repr(self) -> str:
         return f"coefficient={self.coefficient}"
+
+
+class _PlainMinMax(nn.Module):
+    def __init__(self, maxmin: nn.Module, coefficient: float) -> None:
+        super().__init__()
+        self.maxmin, self.coefficient = maxmin, coefficient
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maxmin(-x) * -self.coefficient
 
 
 class _Scaled(KernelModule):

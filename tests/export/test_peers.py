@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lipfast
-from lipfast.nn import LipschitzModule
+from lipfast.nn import LipschitzModule, MaxMin
 
 pytest.importorskip("orthogonium")
 torchlip = pytest.importorskip("deel.torchlip")
@@ -19,6 +19,7 @@ def networks() -> dict[str, nn.Module]:
         "orthogonium": nn.Sequential(
             AOL.AOLConv2D(3, 4, 3, padding=1),
             AOC.AdaptiveOrthoConv2d(4, 6, 3),
+            layers.MaxMin(),
             AOC.AdaptiveOrthoConv2d(6, 6, 3, stride=2, padding=1),
             SLL.SDPBasedLipschitzResBlock(6, 2),
             nn.Flatten(),
@@ -27,6 +28,7 @@ def networks() -> dict[str, nn.Module]:
         ),
         "torchlip": nn.Sequential(
             torchlip.SpectralConv2d(3, 4, 3, padding=1, padding_mode="circular"),
+            torchlip.GroupSort2(),
             torchlip.FrobeniusConv2d(4, 4, 3, padding=1),
             nn.Flatten(),
             torchlip.SpectralLinear(256, 10),
@@ -41,7 +43,7 @@ def test_layers_of_peers_become_plain_ones(package):
     with torch.no_grad():
         model(x)  # creates what is created late
     lipfast.accelerate(model)
-    assert all(isinstance(m, LipschitzModule | nn.Flatten) for m in model)
+    assert all(isinstance(m, LipschitzModule | MaxMin | nn.Flatten) for m in model)
     plain = lipfast.to_plain(model, (3, 8, 8))
     foreign = ("lipfast", "orthogonium", "deel")
     assert not any(type(m).__module__.startswith(foreign) for m in plain.modules())
