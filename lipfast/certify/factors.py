@@ -33,6 +33,8 @@ def module_factor(module: nn.Module) -> Factor:
         ValueError: a weight is not finite, or a layer whose weights depend on the map has not seen
             an input yet.
     """
+    if "forward" in module.__dict__:
+        return Factor(None, "its forward function was replaced on the object")
     bound: Any = getattr(module, "lipschitz_bound", None)
     if bound is not None:
         return Factor(float(bound()))
@@ -52,7 +54,7 @@ def runs_forward_of(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a module runs torch's own forward pass of this kind."""
     return isinstance(module, kind) and all(
         getattr(type(module), name, None) is getattr(kind, name, None)
-        for name in ("forward", "_conv_forward")
+        for name in ("forward", "_conv_forward", "__call__")
     )
 
 
@@ -129,7 +131,7 @@ def _avg_pool(module: Any) -> Factor:
     whole = module.count_include_pad or not any(_sizes(module, module.padding))
     if divisor is None and (module.ceil_mode or not whole):  # edges divide by fewer pixels
         return Factor(math.sqrt(count), _SHRINKS)
-    return Factor(math.sqrt(count * taps) / (divisor or taps), _SHRINKS)
+    return Factor(math.sqrt(count * taps) / abs(divisor or taps), _SHRINKS)
 
 
 def _windows(module: Any) -> int:
@@ -157,8 +159,9 @@ def _upsample(module: nn.Upsample) -> Factor:
     scale = module.scale_factor
     if module.mode != "nearest" or scale is None:
         return Factor(None, "repeats or mixes pixels; use nn.PixelShuffle")
-    scales = tuple(scale) if isinstance(scale, tuple | list) else (scale, scale)
-    if any(s != int(s) or s < 1 for s in scales) or len(scales) != 2:
+    # one number is that of up to three axes
+    scales = tuple(scale) if isinstance(scale, tuple | list) else (scale,) * 3
+    if any(s != int(s) or s < 1 for s in scales):
         return Factor(None, "repeats or mixes pixels; use nn.PixelShuffle")
     return Factor(math.sqrt(math.prod(scales)), "repeats pixels; use nn.PixelShuffle")
 
@@ -174,6 +177,15 @@ def _slope(module: Any) -> Factor:
     slopes = [getattr(module, n, 1.0) for n in ("negative_slope", "lower", "upper", "alpha")]
     slope = max(1.0, *(abs(s) for s in slopes))
     return Factor(slope, "" if slope == 1 else "a slope above 1; use lipfast.nn.MaxMin")
+
+
+def _celu(module: nn.CELU) -> Factor:
+    return Factor(1.0) if module.alpha > 0 else _UNBOUNDED
+
+
+def _softplus(module: nn.Softplus) -> Factor:
+    # it jumps at its threshold by exp(-threshold) / beta, from 20 on less than it is rounded by
+    return Factor(1.0) if module.threshold >= 20 else _JUMPS
 
 
 def _prelu(module: nn.PReLU) -> Factor:
@@ -200,8 +212,8 @@ _TABLE: dict[type[nn.Module], Factor | Callable[[Any], Factor]] = {
             *(nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle),
             *(nn.ChannelShuffle, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d),
             *(nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
-            *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softplus, nn.Softsign, nn.Softshrink),
-            *(nn.LogSigmoid, nn.Tanhshrink, nn.CELU),
+            *(nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Tanh, nn.Softsign, nn.Softshrink),
+            *(nn.LogSigmoid, nn.Tanhshrink),
         ),
         Factor(1.0),
     ),
@@ -219,6 +231,8 @@ _TABLE: dict[type[nn.Module], Factor | Callable[[Any], Factor]] = {
     nn.LeakyReLU: _slope,
     nn.RReLU: _slope,
     nn.PReLU: _prelu,
+    nn.CELU: _celu,
+    nn.Softplus: _softplus,
     **dict.fromkeys((nn.Hardshrink, nn.Threshold), _JUMPS),
     nn.GLU: Factor(math.inf, "a product of two signals is not Lipschitz"),
     nn.Linear: _linear,

@@ -1,6 +1,7 @@
 """Lipschitz bounds along the traced graph of a network with any forward pass."""
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,7 +73,29 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class _Proxy(fx.Proxy):
+    """Keeps `x += y` in the trace as what it is: it changes every other name of x too."""
+
+    def _in_place(self, operation: Callable[[Any, Any], Any], other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> fx.Proxy:
+        return self._in_place(operator.itruediv, other)
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_known(m) or super().is_leaf_module(m, module_qualified_name)
 
@@ -113,7 +136,7 @@ class _Bounds(fx.Interpreter):
             module = self.fetch_attr(str(node.target))
             if self.check is not None:
                 self.check(str(node.target), module)
-            return self._factor_of(node, module) * _only(node, inputs)
+            return self._factor_of(node, module, result) * _only(node, inputs)
         merged = self._merged(node, result)
         if merged is not None:
             return merged
@@ -159,7 +182,7 @@ class _Bounds(fx.Interpreter):
     def _factor(self, node: fx.Node, result: Any) -> float:
         target: Any = node.target
         if target in operations.VIEWS:
-            return 1.0
+            return self._view(node, result)
         if target in operations.INDEX and operations.is_slice(node.args[1]):
             return 1.0
         if target in operations.MEANS | operations.SUMS | operations.EXPANSIONS:
@@ -170,16 +193,27 @@ class _Bounds(fx.Interpreter):
             raise _unknown(node, "its bound is not known")
         if target is F.dropout and True in (*node.args[2:3], node.kwargs.get("training")):
             raise _unknown(node, "dropout that is on in evaluation mode has no bound")
-        return self._factor_of(node, operations.as_module(node, make))
+        return self._factor_of(node, operations.as_module(node, make), result)
 
-    def _factor_of(self, node: fx.Node, module: nn.Module) -> float:
+    def _view(self, node: fx.Node, result: Any) -> float:
+        sources = [n for n in node.all_input_nodes if self.constants[n]]
+        before = [t for n in sources for t in _tensors(self.env[n])]
+        if sum(t.numel() for t in _tensors(result)) > sum(t.numel() for t in before):
+            raise _unknown(node, "it repeats entries")
+        if node.target == "view" and result.dtype != before[0].dtype:
+            raise _unknown(node, "it takes numbers for those of another type")
+        return 1.0
+
+    def _factor_of(self, node: fx.Node, module: nn.Module, result: Any) -> float:
         name = f" ({type(module).__name__})" if node.op == "call_module" else ""
         if isinstance(module, operations.ADAPTIVE):
             factor = self._adaptive(node, module)
         else:
             factor = module_factor(module)[0]
-        if factor is None or math.isinf(factor):
+        if factor is None or not math.isfinite(factor):
             raise _unknown(node, module_factor(module).note, name)
+        if isinstance(module, nn.Upsample):
+            return _repeats(self.env[node.all_input_nodes[0]], result)
         return factor
 
     def _adaptive(self, node: fx.Node, module: Any) -> float | None:
@@ -202,7 +236,12 @@ class _Bounds(fx.Interpreter):
                 t.untyped_storage().data_ptr() in storages for t in _tensors(self.env.get(other))
             ):
                 for alias, value in self.env.items():
-                    if any(t.untyped_storage().data_ptr() in storages for t in _tensors(value)):
+                    shared = [
+                        t for t in _tensors(value) if t.untyped_storage().data_ptr() in storages
+                    ]
+                    if any(_is_expanded(t) for t in shared):
+                        raise _unknown(node, "it writes into what an expansion repeats")
+                    if shared:
                         self.constants[alias] = max(self.constants[alias], self.constants[node])
 
 
@@ -213,6 +252,11 @@ def _writes(node: fx.Node, interpreter: fx.Interpreter) -> bool:
     in_place = name in ("iadd", "isub", "imul", "itruediv")
     positional = any(argument is True for argument in node.args)  # F.relu(x, True)
     return bool(node.kwargs.get("inplace")) or in_place or name.endswith("_") or positional
+
+
+def _is_expanded(value: Tensor) -> bool:
+    sizes = zip(value.shape, value.stride(), strict=True)
+    return any(size > 1 and stride == 0 for size, stride in sizes)
 
 
 def _is_close(first: Any, second: Any) -> bool:

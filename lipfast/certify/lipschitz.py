@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .factors import is_known, module_factor, runs_forward_of
-from .graph import graph_bound
+from .graph import evaluation_mode, graph_bound
 
 
 def lipschitz_bounds(model: nn.Module) -> dict[str, float]:
@@ -29,11 +29,12 @@ def known_bounds(model: nn.Module) -> dict[str, float]:
 
 def _bounds(model: nn.Module, *, known_only: bool) -> dict[str, float]:
     bounds: dict[str, float] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{other}.") for other in bounds)
-        has_parameters = next(module.parameters(recurse=False), None) is not None
-        if not inside and has_parameters and (is_known(module) or not known_only):
-            bounds[name] = _layer_bound(name, module)
+    with evaluation_mode(model):
+        for name, module in model.named_modules():
+            inside = any(name.startswith(f"{other}.") for other in bounds)
+            has_parameters = next(module.parameters(recurse=False), None) is not None
+            if not inside and has_parameters and (is_known(module) or not known_only):
+                bounds[name] = _layer_bound(name, module)
     return bounds
 
 
@@ -57,12 +58,13 @@ def lipschitz_bound(model: nn.Module, example: Tensor | None = None) -> float:
         TypeError: a module is neither such a chain nor a layer with a known bound, or has hooks, or
             the network cannot be traced or has an operation without a known bound.
     """
-    return _chain_bound("", model, example)
+    with evaluation_mode(model):
+        return _chain_bound("", model, example)
 
 
 def _chain_bound(name: str, module: Any, example: Tensor | None) -> float:
     check_hooks(name, module)
-    if hasattr(module, "lipschitz_bound"):
+    if hasattr(module, "lipschitz_bound") or "forward" in module.__dict__:
         return _layer_bound(name, module)
     if example is not None:
         return graph_bound(module, example, check_hooks)
@@ -91,7 +93,7 @@ def _layer_bound(name: str, module: Any) -> float:
         factor = module_factor(module)
     except ValueError as error:
         raise ValueError(f"{name}.{error}" if name else str(error)) from error
-    if factor.value is None or math.isinf(factor.value):
+    if factor.value is None or not math.isfinite(factor.value):
         note = f" ({factor.note})" if factor.note else ""
         raise TypeError(
             f"model: expected layers with a known Lipschitz bound in a chain of nn.Sequential, got "

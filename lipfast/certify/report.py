@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .factors import runs_forward_of
 from .lipschitz import known_bounds, lipschitz_bound
 from .radius import RADII, certified_radius, certified_robust_accuracy
 
@@ -128,6 +129,11 @@ def _predict(
         images = x.to(parameter.device, parameter.dtype)
         if not examples and len(images):
             examples = [images[:2]]
+        if examples and images.shape[1:] != examples[0].shape[1:]:
+            raise ValueError(
+                f"loader: expected samples of one shape, for which the bound is proved, got "
+                f"{tuple(examples[0].shape[1:])} and {tuple(images.shape[1:])}"
+            )
         scores.append(model(images))
         labels.append(y.to(parameter.device))
     if not scores:
@@ -139,6 +145,15 @@ def _predict(
 
 
 def _split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
-    if isinstance(model, nn.Sequential) and len(model) > 1 and isinstance(model[-1], nn.Linear):
+    """The network before a plain last layer and that layer, where nothing stands around them."""
+    if (
+        isinstance(model, nn.Sequential)
+        and runs_forward_of(model, nn.Sequential)
+        and len(model) > 1
+        and isinstance(model[-1], nn.Linear)
+        and runs_forward_of(model[-1], nn.Linear)
+        and not hasattr(model, "lipschitz_bound")
+        and not hasattr(model[-1], "lipschitz_bound")
+    ):
         return nn.Sequential(*list(model)[:-1]), model[-1]
     return model, None

@@ -47,7 +47,7 @@ MODULES = [
     (nn.AvgPool1d(3), (1, 2, 9), 0.999),
     (nn.AdaptiveAvgPool2d(1), MAP, 0.15),
     (nn.AdaptiveMaxPool2d((1, 1)), MAP, 1),
-    (nn.Upsample(scale_factor=2), MAP, 0.999),
+    (nn.Upsample(scale_factor=(2, 2)), MAP, 0.999),
     (nn.PixelUnshuffle(2), MAP, 1),
     (nn.ZeroPad2d(2), MAP, 1),
     (nn.Dropout(0.5).eval(), (1, 20), 1),
