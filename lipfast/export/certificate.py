@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import lipfast
 from lipfast.certify import lipschitz_bound
@@ -58,12 +59,37 @@ def check_fingerprint(plain: nn.Module, certificate: Certificate) -> None:
             "model: expected the weights that to_plain returned, got others (trained, loaded or "
             "cast since then); its certificate does not hold for them"
         )
+    if structure(plain) != getattr(plain, "certified_structure", None):
+        raise ValueError(
+            "model: expected the modules that to_plain returned, got others (replaced, hooked or "
+            "with other attributes since then); its certificate does not hold for them"
+        )
+
+
+def structure(model: nn.Module) -> str:
+    """SHA-256 of what decides on the function beside the state_dict, as far as modules show it."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules(remove_duplicate=False):
+        # copies of a GraphModule are instances of other classes, with the same code
+        traced = isinstance(module, fx.GraphModule)
+        kind = module.code if traced else f"{type(module).__module__}.{type(module).__qualname__}"
+        hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
+        own = "forward" in module.__dict__
+        digest.update(f"{name} {kind} {module.extra_repr()} {hooks} {own}\n".encode())
+    state = model.state_dict()
+    hidden = {name: b for name, b in model.named_buffers() if name not in state}
+    digest.update(state_fingerprint(hidden).encode())
+    return digest.hexdigest()
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the names, dtypes, shapes and bytes of the state_dict, sorted by name."""
+    return state_fingerprint(model.state_dict())
+
+
+def state_fingerprint(state: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state.items()):
         if not isinstance(value, Tensor):
             continue
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -103,7 +129,13 @@ def _chain_or_graph_bound(model: nn.Module, example: Tensor | None) -> float:
     except TypeError:
         if example is None:
             raise
-    return lipschitz_bound(model, example)
+    # the certificate is for any number of samples
+    bound, other = (
+        lipschitz_bound(model, example[:1].expand(n, *example.shape[1:]).clone()) for n in (1, 3)
+    )
+    if not math.isclose(bound, other, rel_tol=1e-9):
+        raise TypeError("model: its bound depends on the size of the batch")
+    return max(bound, other)
 
 
 def _is_short(parameter: Tensor) -> bool:

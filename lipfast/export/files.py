@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .certificate import Certificate, from_json, to_json
+from .certificate import Certificate, from_json, state_fingerprint, to_json
 from .plain import to_plain
 
 _KEY = "lipfast.certificate"
@@ -109,7 +109,8 @@ def read_certificate(path: Path_) -> Certificate:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is of another kind, or holds no certificate.
+        ValueError: the file is of another kind, holds no certificate, or, for safetensors, other
+            weights than those that were certified.
     """
     path = Path(path)
     if not path.is_file():
@@ -126,6 +127,11 @@ def read_certificate(path: Path_) -> Certificate:
     elif path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
+            state = {name: file.get_tensor(name) for name in file.keys()} if text else {}  # noqa: SIM118
+            if text and from_json(text)["weights_sha256"] != state_fingerprint(state):
+                raise ValueError(
+                    f"path: expected the certified weights in {path.name!r}, got other weights"
+                )
     else:
         raise ValueError(f"path: expected .onnx, .pt2 or .safetensors, got {path.name!r}")
     if not text:

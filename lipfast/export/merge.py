@@ -28,11 +28,12 @@ def merge(model: nn.Module, shapes: Shapes) -> Merged:
 
     A layer after ZeroChannelPad needs the weights of its input's channels only. A layer before
     FirstChannels(k), or before MaxMin and FirstChannels(k), needs its first k outputs, or k + 1
-    where MaxMin needs pairs. Each module must stand and run in one place only, without hooks.
+    where MaxMin needs pairs. Each module must stand and run in one place only, without hooks, and
+    the chain itself run: its modules may be called one by one instead, for more than the next one.
     """
     merged = Merged()
     places = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    for chain in _chains(model):
+    for chain in _chains(model, shapes):
         for at, module in enumerate(chain):
             before, after = chain[max(0, at - 2) : at], chain[at + 1 : at + 2]
             near = [*before, module, *after]
@@ -85,11 +86,13 @@ def _merge_first(
         merged.dropped.add(id(first))
 
 
-def _chains(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """The modules of each `nn.Sequential` in order, those of nested ones in their place."""
+def _chains(model: nn.Module, shapes: Shapes) -> Iterator[list[nn.Module]]:
+    """The modules of each `nn.Sequential` that runs, in order, those of nested ones in place."""
     inside = {id(m) for s in model.modules() if _is_chain(s) for m in s.children() if _is_chain(m)}
     for module in model.modules():
-        if _is_chain(module) and id(module) not in inside:
+        nested = [m for m in module.modules() if _is_chain(m)]
+        runs = all(len(shapes.get(id(m), ())) == 1 for m in nested)
+        if _is_chain(module) and id(module) not in inside and runs:
             yield _links(module)
 
 

@@ -17,7 +17,7 @@ from lipfast.nn import (
     ZeroChannelPad,
 )
 
-from .certificate import Certificate, certify, check_fingerprint, fingerprint
+from .certificate import Certificate, certify, check_fingerprint, fingerprint, structure
 from .merge import Merged, has_hooks, merge
 from .sizes import Shapes, example, record
 
@@ -57,7 +57,7 @@ def to_plain(model: nn.Module, input_size: Sequence[int] | Tensor | None = None)
         TypeError: `model` is no module, or has a lipfast class or subclass without a plain form.
         ValueError: a parameter has no values or is not finite, a map size is unknown or not the
             only one of its layer, the model does not take such an input, or it is plain already
-            and its weights or its input size are not those of its certificate.
+            and its weights, modules or input size are not those of its certificate.
         RuntimeError: the copy does not compute the same scores for the input.
     """
     if not isinstance(model, nn.Module):
@@ -67,7 +67,7 @@ def to_plain(model: nn.Module, input_size: Sequence[int] | Tensor | None = None)
     if is_plain(model):
         check_fingerprint(model, model.certificate)  # type: ignore[arg-type]
         _check_size(model, input_size)
-        return copy.deepcopy(model)
+        return copy.deepcopy(model).eval()
     if input_size is None and isinstance(model, ConvNet):
         input_size = model.config["input_size"]
     with torch.inference_mode(False), torch.no_grad(), full_precision():
@@ -87,6 +87,7 @@ def to_plain(model: nn.Module, input_size: Sequence[int] | Tensor | None = None)
             _check_output(plain(x), expected)
     certificate["weights_sha256"] = fingerprint(plain)
     plain.certificate = certificate  # type: ignore[assignment]
+    plain.certified_structure = structure(plain)  # type: ignore[assignment]
     return plain
 
 
