@@ -121,7 +121,9 @@ def steps_of(model: nn.Module, plan: Plan) -> tuple[Step, ...]:
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
     layers = [m for m in visited(model) if m in plan or is_known(m)]
-    return (*(_step(tuple(paths[m]), m, plan.get(m)) for m in layers), *_operations(model))
+    with evaluation_mode(model):  # normalisations of weights iterate in training
+        steps = [_step(tuple(paths[m]), m, plan.get(m)) for m in layers]
+    return (*steps, *_operations(model))
 
 
 def report_of(

@@ -125,6 +125,14 @@ class PublishedCayleyConv2d(CayleyConv2d):
             self.alpha = nn.Parameter((norm * scale).detach().to(self.weight.dtype))
         return kernel * (self.alpha.to(kernel.dtype) * reference.inverse_or_zero(norm))
 
+    def _sound_weights(self, map_size: tuple[int, int]) -> SoundWeights:
+        if not self._depends_on_map_size and self._first_map_size is self._last_map_size is None:
+            raise ValueError(
+                f"input_size: alpha of {type(self).__name__} belongs to the first map that the "
+                "layer meets; expected one forward pass before, got none"
+            )
+        return super()._sound_weights(map_size)
+
     def _normalised(self, layers: Sequence[Any], kernels: Tensor) -> tuple[Tensor, Tensor]:
         return kernels, kernels.new_ones(len(layers))
 

@@ -207,3 +207,17 @@ def test_bad_arguments(arguments, error, match):
     with pytest.raises(error, match=match):
         lipfast.accelerate(**{"model": model, **arguments})
     assert type(model[0]) is published.BCOP
+
+
+def test_a_bound_before_the_first_map_does_not_choose_the_scale_of_a_cayley_layer():
+    torch.manual_seed(0)
+    source, x = published.spectral.CayleyConv(4, 4, 1).train(), torch.randn(2, 4, 6, 6)
+    source(x)
+    with torch.no_grad():
+        source.weight.mul_(3).add_(0.1 * torch.randn_like(source.weight))
+    layer = lipfast.accelerate(published.spectral.CayleyConv(4, 4, 1)).eval()
+    layer.load_state_dict(source.state_dict())
+    with pytest.raises(ValueError, match="one forward pass before"):
+        layer.lipschitz_bound()
+    torch.testing.assert_close(layer(x), source.eval()(x), rtol=1e-4, atol=1e-5)
+    assert layer.lipschitz_bound() <= 1 + 1e-6

@@ -259,3 +259,14 @@ def test_options_reach_the_layers():
     assert model[0].ridge == model[2].ridge == 1e-4
     with pytest.raises(TypeError, match="layer_options: AOLConv2d takes bias, padding_mode, got"):
         lipfast.convert(nn.Linear(2, 2), "aol", ridge=1e-4)
+
+
+def test_a_dry_run_steps_no_normalisation_of_weights():
+    normalised = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
+    model = nn.Sequential(nn.Linear(6, 6), normalised).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    lipfast.convert(model, dry_run=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert model.training
+    assert normalised.training
