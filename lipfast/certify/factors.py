@@ -33,7 +33,7 @@ def module_factor(module: nn.Module) -> Factor:
         ValueError: a weight is not finite, or a layer whose weights depend on the map has not seen
             an input yet.
     """
-    if "forward" in module.__dict__:
+    if has_other_forward(module):
         return Factor(None, "its forward function was replaced on the object")
     bound: Any = getattr(module, "lipschitz_bound", None)
     if bound is not None:
@@ -56,6 +56,16 @@ def runs_forward_of(module: Any, kind: type[nn.Module]) -> bool:
         getattr(type(module), name, None) is getattr(kind, name, None)
         for name in ("forward", "_conv_forward", "__call__")
     )
+
+
+def has_other_forward(module: Any) -> bool:
+    """Whether a forward function was put on the object that is not that of its class."""
+    own, kind = module.__dict__.get("forward"), type(module)
+    if own is None:
+        return False
+    # unwrapping a model puts its own back
+    function = getattr(own, "__func__", None)
+    return getattr(own, "__self__", None) is not module or function is not kind.forward
 
 
 def window_count(kernel: int, stride: int, dilation: int = 1) -> int:

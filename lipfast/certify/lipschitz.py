@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .factors import is_known, module_factor, runs_forward_of
+from .factors import has_other_forward, is_known, module_factor, runs_forward_of
 from .graph import evaluation_mode, graph_bound
 
 
@@ -64,7 +64,7 @@ def lipschitz_bound(model: nn.Module, example: Tensor | None = None) -> float:
 
 def _chain_bound(name: str, module: Any, example: Tensor | None) -> float:
     check_hooks(name, module)
-    if hasattr(module, "lipschitz_bound") or "forward" in module.__dict__:
+    if hasattr(module, "lipschitz_bound") or has_other_forward(module):
         return _layer_bound(name, module)
     if example is not None:
         return graph_bound(module, example, check_hooks)

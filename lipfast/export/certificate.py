@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import lipfast
 from lipfast.certify import lipschitz_bound
-from lipfast.certify.factors import is_known, module_factor
+from lipfast.certify.factors import has_other_forward, is_known, module_factor
 
 RADIUS = "margin / (sqrt(2) * lipschitz_bound), margin = score of the class - highest other score"
 ROUNDING = (
@@ -74,7 +74,7 @@ def structure(model: nn.Module) -> str:
         traced = isinstance(module, fx.GraphModule)
         kind = module.code if traced else f"{type(module).__module__}.{type(module).__qualname__}"
         hooks = len(module._forward_hooks), len(module._forward_pre_hooks)
-        own = "forward" in module.__dict__
+        own = has_other_forward(module)
         digest.update(f"{name} {kind} {module.extra_repr()} {hooks} {own}\n".encode())
     state = model.state_dict()
     hidden = {name: b for name, b in model.named_buffers() if name not in state}

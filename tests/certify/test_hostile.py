@@ -130,6 +130,17 @@ def test_forward_functions_that_were_replaced_on_the_object_are_refused(layer, e
         del layer.forward
 
 
+def test_a_forward_function_that_was_put_back_on_the_object_is_no_other():
+    layer = nn.Linear(4, 4)
+    expected = certify.lipschitz_bound(layer)
+    layer.forward = layer.forward
+    assert certify.lipschitz_bound(nn.Sequential(layer)) == expected
+    other = nn.Linear(4, 4)
+    layer.forward = other.forward
+    with pytest.raises(TypeError, match="replaced on the object"):
+        certify.lipschitz_bound(nn.Sequential(layer))
+
+
 class Louder(nn.Sequential):
     def forward(self, x):
         return super().forward(10 * x)
