@@ -51,15 +51,16 @@ def report(
     try:
         with torch.no_grad(), full_precision():
             scores, labels, example = _predict(model, loader)
-        bounds = known_bounds(model)
-        body, head = _split_head(model)
-        bound = lipschitz_bound(body, example)
+            bounds = known_bounds(model)
+            body, head = _split_head(model)
+            bound = lipschitz_bound(body, example)
+            whole = lipschitz_bound(model, example)
         weight = None if head is None else head.weight.detach()
         radius = certified_radius(scores, labels, lipschitz=bound, head_weight=weight)
         return CertificationReport(
             accuracy=float((scores.argmax(dim=1) == labels).double().mean()),
             certified={float(eps): certified_robust_accuracy(radius, eps) for eps in radii},
-            lipschitz_bound=lipschitz_bound(model, example),
+            lipschitz_bound=whole,
             layer_bounds=bounds,
             n_samples=len(labels),
         )
