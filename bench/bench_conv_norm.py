@@ -92,7 +92,7 @@ def bench_conv_norm_of_network_m(compare, benchmark):
         model(x).square().sum().backward()
 
     variants = {"each layer": each, "each shape": grouped, "published": published, "step": step}
-    ratios = compare(variants, rounds=15 if GPU else 3, warmup=1)
+    ratios = compare(variants, warmup=1)
     share = 1 / ratios["step"]
     benchmark.extra_info["share of the step"] = round(share, 4)
     print(f"27 norms take {share:.1%} of a training step, target at most {SHARE:.0%}")

@@ -65,7 +65,7 @@ def bench_network(compare, benchmark, method, size):
         "fused": lambda: training_step(fused, x, labels),
         "unfused": lambda: training_step(model, x, labels),
     }
-    ratio = compare(steps, rounds=3 if method == "lot" else 9, warmup=1)["unfused"]
+    ratio = compare(steps, rounds=9)["unfused"]
     print(f"operators of a step: {counts}")
     if size == "XS" and method in TARGETS and not GPU:
         benchmark.extra_info["target"] = TARGETS[method]
@@ -93,7 +93,7 @@ def bench_group(compare, method, channels, side):
 
     assert_close(gradients(plan.build(layers, sizes)), one_by_one())
     variants = {"batch": lambda: gradients(plan.build(layers, sizes)), "one by one": one_by_one}
-    compare(variants, rounds=3 if method == "lot" else 9, warmup=1)
+    compare(variants, rounds=9, seconds=1.0)
 
 
 def one_of(layer: LipschitzModule, size: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -85,7 +85,7 @@ def bench_layer(compare, benchmark, method, channels, side):
     saved = {name: round(saved_megabytes(f, *inputs), 2) for name, f in forwards.items()}
     benchmark.extra_info["saved_megabytes"] = saved
     steps = {name: lambda name=name: step(name) for name in forwards}
-    ratios = compare(steps, rounds=3 if method == "lot" else 9, warmup=1)
+    ratios = compare(steps, rounds=9, warmup=1)
     print(f"MB saved for backward: {saved}")
     if method == "lot" and not GPU:
         benchmark.extra_info["target"] = LOT_TARGET
@@ -118,4 +118,4 @@ def bench_lot_network(compare, monkeypatch):
         variants |= {"reference": with_backend("reference", step), "published code": published_step}
         losses = [float(variants[name]()[0].detach()) for name in ("ours", "reference")]
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    compare(variants, rounds=1, warmup=0)
+    compare(variants, rounds=1)

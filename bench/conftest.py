@@ -24,6 +24,31 @@ def pytest_addoption(parser):
     group.addoption("--size", help="Of the networks of bench_model.py, with commas: XS,S,M,L.")
     group.addoption("--method", help="Of the networks of bench_model.py, with commas: aol,lot.")
     group.addoption("--full", action="store_true", help="What takes long, too: see bench_model.py.")
+    group.addoption(
+        "--budget", type=float, help="Seconds after which no benchmark starts; ops come first."
+    )
+
+
+def pytest_configure(config):
+    config.lipfast_start = time.monotonic()
+
+
+def pytest_collection_modifyitems(config, items):
+    """In a budget first the ops, then networks from XS to L, so that what is left out is large."""
+    if config.getoption("--budget") is not None:
+        items.sort(key=lambda item: _place(getattr(item, "callspec", None)))
+
+
+def _place(callspec) -> int:
+    values = {} if callspec is None else callspec.params
+    size = values.get("network_size", values.get("size"))
+    return list(SIZES).index(size) + 1 if size in SIZES else 0
+
+
+def pytest_runtest_setup(item):
+    budget = item.config.getoption("--budget")
+    if budget is not None and time.monotonic() - item.config.lipfast_start > budget:
+        pytest.skip(f"the budget of {budget:g} seconds is used up")
 
 
 def pytest_generate_tests(metafunc):
@@ -51,8 +76,11 @@ def full(request) -> bool:
 def compare(benchmark, request):
     """Time variants in turns; the first is ours, the ratios say how much slower the others are.
 
-    With `seconds` there are as many rounds, 1 to `rounds`, as fit in about that time. With the
-    FLOPs or the bytes that any variant needs, a GPU's share of its floor is recorded.
+    There are as many rounds, 1 to `rounds`, as fit in about `seconds`. Where `first_counts`, the
+    first run of a variant that takes longer than that is its only one; not so where it may compile.
+    `verify` gets what the first runs return, before the others are timed. Variants other than the
+    first that do not fit in a GPU's memory are left out. With the FLOPs or the bytes that any
+    variant needs, a GPU's share of its floor is recorded.
     """
 
     def run(
@@ -60,26 +88,36 @@ def compare(benchmark, request):
         *,
         rounds: int = 15,
         warmup: int = 3,
-        seconds: float | None = None,
+        seconds: float = 3.0,
+        first_counts: bool = not torch.cuda.is_available(),
+        verify: Callable[[dict[str, object]], None] | None = None,
         flops: float = 0.0,
         moved_bytes: float = 0.0,
         precision: str = "fp32",
     ) -> dict[str, float]:
-        for _ in range(warmup):
-            begin = time.perf_counter()
-            for function in variants.values():
+        ours = next(iter(variants))
+        variants, first = once(variants, verify)
+        for name in first.keys() - variants.keys():
+            benchmark.extra_info.setdefault("out of memory", []).append(name)
+        slow = {name for name in variants if first_counts and first[name] > seconds}
+        times = {name: [first[name]] if name in slow else [] for name in variants}
+        timed = {name: function for name, function in variants.items() if name not in slow}
+        short = sum(first[name] for name in timed) < seconds / 4
+        for _ in range(warmup - 1 if short or not first_counts else 0):
+            for function in timed.values():
                 finish(function)
-            once = time.perf_counter() - begin
-        if seconds is not None:
-            rounds = min(rounds, max(1, int(seconds / once)))
-        times: dict[str, list[float]] = {name: [] for name in variants}
-        for _ in range(rounds):
-            for name, function in variants.items():
+        start = last = time.perf_counter()
+        for place in range(rounds):
+            now = time.perf_counter()
+            if place and now - start + now - last > seconds:
+                break
+            last = now
+            for name, function in timed.items():
                 times[name].append(elapsed(function))
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        ours, *others = variants
-        own = 1 if seconds is not None else rounds  # what pytest-benchmark times itself
-        benchmark.pedantic(lambda: finish(variants[ours]), rounds=own, warmup_rounds=int(own > 1))
+        medians = {name: statistics.median(times[name]) for name in variants}
+        others = [name for name in variants if name != ours]
+        own = max(1, int(min(rounds, seconds / 4 / medians[ours])))  # what pytest-benchmark times
+        benchmark.pedantic(lambda: finish(variants[ours]), rounds=own, warmup_rounds=0)
         ratios = {name: medians[name] / medians[ours] for name in others}
         benchmark.extra_info["median_ms"] = {k: round(v * 1e3, 4) for k, v in medians.items()}
         benchmark.extra_info["ratio"] = {k: round(v, 3) for k, v in ratios.items()}
@@ -94,6 +132,31 @@ def compare(benchmark, request):
         return ratios
 
     return run
+
+
+def once(
+    variants: Variants, verify: Callable[[dict[str, object]], None] | None
+) -> tuple[Variants, dict[str, float]]:
+    """Run each variant once; return those that fit in the memory, and the seconds of all."""
+    fitting: Variants = {}
+    seconds: dict[str, float] = {}
+    results: dict[str, object] = {}
+    for name, function in variants.items():
+        begin = time.perf_counter()
+        try:
+            result = function()
+            synchronize()
+        except torch.OutOfMemoryError:
+            if not fitting:
+                pytest.skip(f"{name} does not fit in the memory")
+        else:
+            fitting[name] = function
+            if verify is not None:
+                results[name] = result
+        seconds[name] = time.perf_counter() - begin
+    if verify is not None:
+        verify(results)
+    return fitting, seconds
 
 
 def elapsed(function: Callable[[], object]) -> float:
@@ -113,6 +176,10 @@ def elapsed(function: Callable[[], object]) -> float:
 
 def finish(function: Callable[[], object]) -> None:
     function()
+    synchronize()
+
+
+def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
