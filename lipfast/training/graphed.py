@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lipfast.weights.shard import _hooks_of
 
 _ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
@@ -24,7 +27,7 @@ class GraphedStep:
     other hyperparameters are those of the capture.
 
     Args:
-        model: in training mode, its parameters on one GPU.
+        model: in training mode, its parameters on one GPU; of one process.
         optimizer: of the model's parameters: SGD with `fused=True` and no dampening, or Adam or
             AdamW with `capturable=True`, `fused=True` or not.
         loss_fn: takes the scores and the targets, returns a loss without axes.
@@ -55,12 +58,11 @@ class GraphedStep:
         self._check(parameters, warmup, eager)
         self._parameters = parameters
         device = parameters[0].device
-        self._batch = tuple(self._checked(t).to(device, copy=True) for t in example_batch)
+        self._batch = tuple(self._checked(t).detach().to(device, copy=True) for t in example_batch)
         self._rates: list[Tensor] = []
         self._graph: torch.cuda.CUDAGraph | None = None
         if not eager:
             self._rates = [_as_tensor(group["lr"], device) for group in optimizer.param_groups]
-            self._follow_rates()
             self._capture(warmup)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
@@ -71,15 +73,14 @@ class GraphedStep:
             y: targets, likewise.
 
         Returns:
-            The loss without axes, without graph. The next call overwrites it.
+            The loss without axes, without graph.
 
         Raises:
             ValueError: a batch has another shape or dtype, or the model is not in training mode.
             RuntimeError: a parameter, buffer or state of the optimizer has been replaced, by
                 `optimizer.load_state_dict` for one, and the graph would write the old one.
         """
-        if not self.model.training:
-            raise ValueError("model: GraphedStep trains, expected a model in training mode")
+        self._check_training()
         for name, static, given in zip(("x", "y"), self._batch, (x, y), strict=True):
             if given.shape != static.shape or given.dtype != static.dtype:
                 raise ValueError(
@@ -87,7 +88,7 @@ class GraphedStep:
                     f"example batch, got {tuple(given.shape)} and {given.dtype}; eager_step takes "
                     "a last batch of another size"
                 )
-            static.copy_(given, non_blocking=True)
+            static.copy_(given.detach(), non_blocking=True)
         if self._graph is None:
             return self.eager_step(*self._batch)
         if self._addresses() != self._captured:
@@ -99,16 +100,27 @@ class GraphedStep:
         self._graph.replay()
         # the host has not seen these writes, and cached weights depend on the parameters' versions
         torch.autograd.graph.increment_version(self._parameters)
-        return self._loss
+        return self._loss.clone()  # the next replay overwrites it
 
     def eager_step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take the same step without the graph, on a batch of any size; return the loss."""
+        """Take the same step without the graph, on a batch of any size; return the loss.
+
+        Raises:
+            ValueError: the model is not in training mode.
+        """
+        self._check_training()
         self.optimizer.zero_grad(set_to_none=True)
-        return self._step(x, y)
+        device = self._parameters[0].device
+        return self._step(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        # A graph must cast the weights anew in each replay: autocast's cache would hand it those
+        # that an autocast around it cast before.
         with torch.autocast(
-            x.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+            x.device.type,
+            dtype=self.amp_dtype,
+            enabled=self.amp_dtype is not None,
+            cache_enabled=False,
         ):
             loss = self.loss_fn(self.model(x), y)
         loss.backward()
@@ -116,19 +128,37 @@ class GraphedStep:
         return loss.detach()
 
     def _capture(self, warmup: int) -> None:
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         before = _Snapshot(self.model, self.optimizer)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(warmup):
-                self.eager_step(*self._batch)
-            self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._loss = self._step(*self._batch)
-        before.restore()
+        try:
+            self._follow_rates()
+            self._record(warmup)
+        except BaseException:
+            self._forget_gradients()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            raise
+        finally:
+            before.restore()
         self._captured = self._addresses()
+
+    def _record(self, warmup: int) -> None:
+        with torch.cuda.device(self._parameters[0].device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(warmup):
+                    self.eager_step(*self._batch)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._forget_gradients()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._loss = self._step(*self._batch)
+
+    def _forget_gradients(self) -> None:
+        """The graph would add to gradients that are there, in memory that others may free."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
     def _addresses(self) -> list[int]:
         states = [t for state in self.optimizer.state.values() for t in state.values()]
@@ -141,6 +171,10 @@ class GraphedStep:
             if group["lr"] is not rate:
                 rate.fill_(group["lr"])
                 group["lr"] = rate
+
+    def _check_training(self) -> None:
+        if not self.model.training:
+            raise ValueError("model: GraphedStep trains, expected a model in training mode")
 
     def _checked(self, tensor: Any) -> Tensor:
         if not isinstance(tensor, Tensor):
@@ -155,10 +189,17 @@ class GraphedStep:
             )
         if not isinstance(warmup, int) or warmup < 1:
             raise ValueError(f"warmup: expected an integer >= 1, got {warmup!r}")
-        if not self.model.training:
-            raise ValueError("model: GraphedStep trains, expected a model in training mode")
+        self._check_training()
+        if not parameters:
+            raise ValueError("optimizer: expected one with parameters, got none")
         if eager:
             return
+        for module in self.model.modules():
+            if isinstance(module, DistributedDataParallel) or _hooks_of(module):
+                raise ValueError(
+                    "model: a graph holds the steps of one process, expected no "
+                    "DistributedDataParallel and no lipfast.shard; eager=True runs them"
+                )
         devices = {str(p.device) for p in parameters}
         if len(devices) != 1 or parameters[0].device.type != "cuda":
             raise ValueError(
@@ -173,10 +214,11 @@ class _Snapshot:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
-        self.pairs = [(t, t.detach().clone()) for t in [*model.parameters(), *model.buffers()]]
+        own = [p for group in optimizer.param_groups for p in group["params"]]  # a loss's too
+        tensors = {id(t): t for t in [*model.parameters(), *model.buffers(), *own]}
+        self.pairs = [(t, t.detach().clone()) for t in tensors.values()]
         for state in optimizer.state.values():
-            tensors = [t for t in state.values() if isinstance(t, Tensor)]
-            self.pairs += [(t, t.clone()) for t in tensors]
+            self.pairs += [(t, t.clone()) for t in state.values() if isinstance(t, Tensor)]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -16,7 +16,7 @@ from lipfast import nn as lnn
 from lipfast.models import ConvNet
 from lipfast.nn.base import LipschitzModule
 from lipfast.training import margin_cross_entropy
-from lipfast.training.graphed import GraphedStep, _check_optimizer, _Snapshot
+from lipfast.training.graphed import GraphedStep, _check_optimizer
 
 METHODS = list(lnn.METHODS)
 OPTIMIZERS = {
@@ -131,12 +131,10 @@ class Recorded(GraphedStep):
     def _check(self, *_) -> None:
         pass
 
-    def _capture(self, warmup: int) -> None:
-        before = _Snapshot(self.model, self.optimizer)
+    def _record(self, warmup: int) -> None:
         for _ in range(warmup):
             self.eager_step(*self._batch)
-        before.restore()
-        self._captured = self._addresses()
+        self._forget_gradients()
         self._graph = self
         self._loss = torch.zeros(())
 
@@ -224,6 +222,89 @@ def test_warming_up_puts_everything_back(as_on_a_gpu):
         assert torch.equal(optimizer.state[parameter]["momentum_buffer"], momentum)
 
 
+def test_what_the_loss_learns_is_put_back_too(as_on_a_gpu):
+    network, temperature = make_network("aol"), torch.nn.Parameter(torch.ones(()))
+    optimizer = OPTIMIZERS["SGD"]([*network.parameters(), temperature])
+    Recorded(network, optimizer, lambda s, y: temperature * margin_cross_entropy(s, y), draw())
+    assert temperature == 1
+
+
+def test_a_capture_that_fails_puts_everything_back(as_on_a_gpu):
+    network = make_network("cpl")
+    optimizer = OPTIMIZERS["SGD"](network.parameters())
+    state, calls = copy.deepcopy(network.state_dict()), []
+
+    def loss(scores, targets):
+        calls.append(scores)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return margin_cross_entropy(scores, targets)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Recorded(network, optimizer, loss, draw())
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert optimizer.param_groups[0]["lr"] == 0.01
+    assert isinstance(optimizer.param_groups[0]["lr"], float)
+    assert all(p.grad is None for p in network.parameters())
+    eager = GraphedStep(network, optimizer, margin_cross_entropy, draw(), eager=True)
+    other = make_network("cpl")
+    momentum_of_none = OPTIMIZERS["SGD"](other.parameters())
+    first = GraphedStep(other, momentum_of_none, margin_cross_entropy, draw(), eager=True)
+    torch.testing.assert_close(eager(*draw()), first(*draw()))
+    torch.testing.assert_close(network.state_dict(), other.state_dict())
+
+
+def test_gradients_outside_the_optimizer_start_from_nothing(as_on_a_gpu):
+    """The graph would write where the user may have freed them."""
+    network = make_network("aol")
+    left_out, *others = network.parameters()
+    left_out.grad = before = torch.ones_like(left_out)
+    Recorded(network, OPTIMIZERS["SGD"](others), margin_cross_entropy, draw())
+    assert left_out.grad is not before
+
+
+def test_losses_of_several_steps_can_be_kept(as_on_a_gpu):
+    network = make_network("aol")
+    step = Recorded(network, OPTIMIZERS["SGD"](network.parameters()), margin_cross_entropy, draw())
+    losses = [step(*draw(seed=number)) for number in range(3)]
+    assert len({float(loss) for loss in losses}) == 3
+
+
+def test_batches_that_require_gradients_are_values(as_on_a_gpu):
+    network = make_network("aol")
+    x, y = draw()
+    x.requires_grad_()
+    step = Recorded(
+        network, OPTIMIZERS["SGD"](network.parameters()), margin_cross_entropy, (x * 1, y)
+    )
+    for _ in range(2):
+        assert step(x * 2, y).isfinite()
+    assert x.grad is None
+
+
+def test_an_autocast_around_the_step_hands_it_no_old_weights():
+    """Linear layers of torch are cast in each step, as a graph must cast them in each replay."""
+    torch.manual_seed(0)
+    losses = []
+    for around in (False, True):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(6, 3)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+        step = GraphedStep(
+            network,
+            optimizer,
+            margin_cross_entropy,
+            (torch.ones(4, 6), torch.arange(4) % 3),
+            amp_dtype=torch.bfloat16,
+            eager=True,
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            losses.append([float(step(torch.ones(4, 6), torch.arange(4) % 3)) for _ in range(3)])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
+
+
 def test_weights_cached_in_evaluation_follow_replays(as_on_a_gpu):
     network = make_network("aol")
     step = Recorded(network, OPTIMIZERS["SGD"](network.parameters()), margin_cross_entropy, draw())
@@ -250,8 +331,9 @@ def test_batches_that_do_not_fit_are_named(as_on_a_gpu):
     with pytest.raises(RuntimeError, match="make a new GraphedStep"):
         step(*draw())
     network.eval()
-    with pytest.raises(ValueError, match="in training mode"):
-        step(*draw())
+    for run in (step, step.eager_step):
+        with pytest.raises(ValueError, match="in training mode"):
+            run(*draw())
 
 
 @pytest.mark.parametrize(
@@ -267,6 +349,19 @@ def test_arguments_that_do_not_fit_are_named(options, message):
     optimizer = OPTIMIZERS["SGD"](network.parameters())
     with pytest.raises(ValueError, match=message):
         GraphedStep(network, optimizer, margin_cross_entropy, draw(), **options)
+
+
+def test_models_of_several_processes_are_refused(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        network = torch.nn.parallel.DistributedDataParallel(make_network("aol"))
+        optimizer = OPTIMIZERS["SGD"](network.parameters())
+        with pytest.raises(ValueError, match="no DistributedDataParallel and no"):
+            GraphedStep(network, optimizer, margin_cross_entropy, draw())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
