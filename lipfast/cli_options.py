@@ -35,5 +35,5 @@ def method_names(text: str) -> list[str]:
 
 
 def names(text: str) -> list[str]:
-    """The names in a text with commas."""
-    return [name.strip() for name in text.split(",")]
+    """The names in a text with commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))

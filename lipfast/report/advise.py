@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lipfast.models import SIZES, ConvNet
 from lipfast.nn import METHODS
 from lipfast.report import published
-from lipfast.report.measure import training_memory_bytes
+from lipfast.report.measure import out_of_memory, training_memory_bytes
 from lipfast.training import margin_cross_entropy
 
 MEMORY_RESERVE = 0.1  # of a device: context, fragmentation, libraries
@@ -122,9 +122,9 @@ def advise(
     """Recommend the method and size with the best published certified robust accuracy that fits.
 
     Candidates are tried in the order of their published certified robust accuracy on CIFAR-10
-    until one and `alternatives` more fit. Memory is counted: the peak of a training step with SGD
-    and momentum, of tensors without values, times 1.1. Times are published (the authors' code on
-    an A100) unless `measure`.
+    until one and `alternatives` more fit for sure. Memory is counted: the peak of a training step
+    with SGD and momentum, of tensors without values, times 1.1. Times are published (the authors'
+    code on an A100) unless `measure`.
 
     Args:
         budget: what the network may cost.
@@ -132,21 +132,21 @@ def advise(
         measure: time a training step and inference of each candidate here, which takes minutes.
         alternatives: how many more to find.
         log: called with one line per measured candidate.
-
-    Raises:
-        ValueError: the budget's images or classes suit no network.
     """
     fitting: list[Candidate] = []
     rejected: list[Candidate] = []
+    without_times = budget.side != published.SIDE and not measure
     for method, size in _by_published_accuracy():
-        if len(fitting) > alternatives:
+        if sum(without_times or not candidate.unknown for candidate in fitting) > alternatives:
             break
         candidate = _judged(budget, method, size, device, measure)
         (rejected if candidate.objection else fitting).append(candidate)
         if measure:
             log(f"{candidate.name}: {candidate.objection or 'fits'}")
     fitting.sort(key=lambda candidate: bool(candidate.unknown))  # keeps the order within both
-    return Advice(tuple(fitting), tuple(rejected), tuple(_notes(budget, measure)))
+    return Advice(
+        tuple(fitting[: alternatives + 1]), tuple(rejected), tuple(_notes(budget, measure))
+    )
 
 
 def parse_bytes(text: str) -> float:
@@ -180,13 +180,22 @@ def _judged(budget: Budget, method: str, size: str, device: str, measure: bool) 
     place = list(SIZES).index(size)
     accuracy = published.ACCURACY[method][place]
     assert accuracy is not None
-    memory = Figure(_counted_memory(budget, method, size), "counted")
+    certified, clean = Figure(accuracy[1], "published"), Figure(accuracy[0], "published")
+    try:
+        memory = Figure(_counted_memory(budget, method, size), "counted")
+    except ValueError as error:  # more classes than the network has outputs
+        return Candidate(method, size, certified, clean, objection=str(error))
     epoch, inference = _published_times(budget, method, place)
     limit = budget.memory_bytes
     too_large = limit is not None and memory.value > limit
-    if measure and not too_large:
-        epoch, inference = _measured_times(budget, method, size, device)
     objection = f"needs {memory.value / 2**30:.1f} GiB" if too_large else None
+    if measure and not too_large:
+        try:
+            epoch, inference = _measured_times(budget, method, size, device)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            objection = "does not fit in the memory here"
     unknown = []
     if budget.train_seconds is not None:
         if epoch is None:
@@ -201,7 +210,6 @@ def _judged(budget: Budget, method: str, size: str, device: str, measure: bool) 
             unknown.append("inference time")
         elif slow:
             objection = objection or f"{1e3 * inference.value:.3g} ms per image"
-    certified, clean = Figure(accuracy[1], "published"), Figure(accuracy[0], "published")
     return Candidate(
         method, size, certified, clean, epoch, inference, memory, objection, tuple(unknown)
     )

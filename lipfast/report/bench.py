@@ -106,7 +106,7 @@ def rivals(row: Row) -> dict[str, float]:
     return {
         name: ratio
         for name, ratio in row.ratio.items()
-        if not any(scale in name for scale in _FOR_SCALE)
+        if not any(scale in name.lower() for scale in _FOR_SCALE)
     }
 
 

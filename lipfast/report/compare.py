@@ -42,7 +42,8 @@ class ComparisonPlan:
         """Train, certify and measure one method after another, and write the report.
 
         A method that fails (divergence, out of memory) keeps its reason, and the others go on.
-        After each method comparison.json is written; checkpoints are in one folder per method.
+        Before the first and after each method comparison.json is written; checkpoints are in one
+        folder per method.
 
         Args:
             progress: show a progress bar in training.
@@ -52,6 +53,7 @@ class ComparisonPlan:
             The comparison, and the files of the report.
         """
         comparison = self.start
+        comparison.save(self.out / RESULTS_FILE)  # so that --resume knows the epochs of `hours`
         for place, experiment in enumerate(self.experiments, 1):
             label = METHODS[experiment.method].label
             prefix = f"[{place}/{len(self.experiments)}] {label}"
@@ -140,7 +142,7 @@ def _experiments(
             f"methods: expected some of {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}"
         )
     chosen = [m for m in METHODS if m in methods]
-    found = {m: _tuned(tuned, m, size) for m in chosen}
+    found = {m: _tuned(tuned, dataset, m, size) for m in chosen}
     recipes = {m: adapted_recipe(dataset, m, size=size, epochs=epochs, **found[m]) for m in chosen}
     sets = load(dataset, data_root)
     experiments = tuple(Experiment(m, recipes[m], *sets, seed, device) for m in chosen)
@@ -150,16 +152,20 @@ def _experiments(
     return experiments
 
 
-def _tuned(folder: Path | str | None, method: str, size: str | None) -> dict[str, float]:
+def _tuned(
+    folder: Path | str | None, dataset: str, method: str, size: str | None
+) -> dict[str, float]:
     if folder is None:
         return {}
-    best = load_best(folder)
-    if (method, size or "") not in best:
+    if size is None:
+        raise ValueError("tuned: expected a size of the network with it, got none")
+    best = load_best(folder, dataset)
+    if (method, size) not in best:
         known = ", ".join(f"{m} {s}" for m, s in best)
         raise ValueError(
             f"tuned: expected a finished run of {method} {size} in {folder}, got {known}"
         )
-    trial = best[method, size or ""]
+    trial = best[method, size]
     return {"lr": trial.lr, "weight_decay": trial.weight_decay}
 
 

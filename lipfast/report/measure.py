@@ -86,6 +86,11 @@ def peak_bytes(model: nn.Module, function: Callable[[], object], device: torch.d
     return live.peak
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that the memory is too small, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensor storages from their creation, or `add`, to their release."""
 

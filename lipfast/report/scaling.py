@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lipfast.nn import METHODS
 from lipfast.report.cost_model import training_cost
 from lipfast.report.machine import machine_description, software_versions
-from lipfast.report.measure import median_seconds
+from lipfast.report.measure import median_seconds, out_of_memory
 from lipfast.saved import saved_bytes
 
 CHANNELS = (16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -186,10 +186,8 @@ def _step_seconds(method: str, channels: int, side: int, batch: int, device: str
         return median_seconds(
             lambda: torch.autograd.grad(layer(x).square().sum(), inputs), x.device
         )
-    except torch.cuda.OutOfMemoryError:
-        return None
     except RuntimeError as error:
-        if "allocate memory" not in str(error):
+        if not out_of_memory(error):
             raise
         return None
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,6 +98,10 @@ class Search:
             raise ValueError(f"runs: expected an integer >= 1, got {self.runs!r}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out: expected a share between 0 and 1, got {self.held_out!r}")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs: expected an integer >= 1, got {self.epochs!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected an integer >= 0, got {self.seed!r}")
         if self.hours is not None and not 0 < self.hours < math.inf:
             raise ValueError(f"hours: expected a number > 0, got {self.hours!r}")
         if self.hours is not None and self.epochs is not None:
@@ -133,7 +138,7 @@ class Search:
     def results(self) -> list[Trial]:
         """Return the runs that have a result, of all processes."""
         paths = (self._path(*key) for key in self._all())
-        return [Trial(**json.loads(p.read_text("utf-8"))) for p in paths if p.exists()]
+        return [_trial(path) for path in paths if path.exists()]
 
     def _all(self) -> Iterator[tuple[str, str, int]]:
         for run in range(self.runs):
@@ -186,7 +191,7 @@ class Search:
         if not path.exists():
             assert self.hours is not None
             _first(path, {"epochs": epochs_in(experiment, self.hours)})
-        return int(json.loads(path.read_text("utf-8"))["epochs"])
+        return int(_read(path)["epochs"])
 
 
 def best_trials(trials: Sequence[Trial]) -> dict[tuple[str, str], Trial]:
@@ -200,15 +205,18 @@ def best_trials(trials: Sequence[Trial]) -> dict[tuple[str, str], Trial]:
     return best
 
 
-def load_best(folder: Path | str) -> dict[tuple[str, str], Trial]:
+def load_best(folder: Path | str, dataset: str) -> dict[tuple[str, str], Trial]:
     """Return the best runs of the search in a folder.
 
-    Raises ValueError where the folder holds no finished run.
+    Raises ValueError where the folder holds no finished run, or those of another data set.
     """
-    paths = sorted((Path(folder) / _TRIALS).glob("*.json"))
-    best = best_trials([Trial(**json.loads(path.read_text("utf-8"))) for path in paths])
-    if not best:
+    folder = Path(folder)
+    best = best_trials([_trial(path) for path in sorted((folder / _TRIALS).glob("*.json"))])
+    if not best or not (folder / _SETTINGS).exists():
         raise ValueError(f"{folder}: expected the folder of a search with finished runs, got none")
+    searched = _read(folder / _SETTINGS).get("dataset")
+    if searched != dataset:
+        raise ValueError(f"{folder}: expected a search on {dataset}, got one on {searched}")
     return best
 
 
@@ -260,7 +268,21 @@ def _first(path: Path, content: dict[str, Any]) -> dict[str, Any]:
             pass
         finally:
             temporary.unlink()
-    return dict(json.loads(path.read_text("utf-8")))
+    return _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: expected what a search wrote, got {error}") from error
+
+
+def _trial(path: Path) -> Trial:
+    try:
+        return Trial(**_read(path))
+    except TypeError as error:
+        raise ValueError(f"{path}: expected a run of a search, got {error}") from error
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -269,6 +291,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _written(path: Path, content: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # alone on all machines
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return temporary

@@ -60,6 +60,31 @@ def test_an_upper_bound_of_the_time_is_enough_to_fit_and_a_lower_one_is_not(memo
     assert ranks == sorted(ranks)
 
 
+def test_networks_that_surely_fit_are_found_behind_those_that_may(memory):
+    advice = advise(Budget(inference_seconds=0.2e-3))
+    assert names(advice.fitting)[:2] == ["AOL M", "AOL S"]
+    assert [bool(c.unknown) for c in advice.fitting[:2]] == [False, False]
+
+
+def test_networks_with_too_few_outputs_are_left_out(monkeypatch):
+    pairs = [("aol", "XS"), ("aol", "S")]
+    monkeypatch.setattr(module, "_by_published_accuracy", lambda: iter(pairs))
+    advice = advise(Budget(side=8, batch_size=2, classes=200))
+    assert names(advice.fitting) == ["AOL S"]
+    assert names(advice.rejected) == ["AOL XS"]
+    assert "n_classes" in advice.rejected[0].objection
+
+
+def test_networks_that_run_out_of_memory_here_are_left_out(memory, monkeypatch):
+    def measured(budget, method, size, device):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(module, "_measured_times", measured)
+    advice = advise(Budget(), measure=True)
+    assert not advice.fitting
+    assert {c.objection for c in advice.rejected} == {"does not fit in the memory here"}
+
+
 def test_times_for_other_images_are_unknown(memory):
     advice = advise(Budget(train_seconds=7200, side=64, classes=200))
     assert advice.fitting[0].unknown == ("training time",)

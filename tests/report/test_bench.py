@@ -30,7 +30,7 @@ def results(tmp_path):
         "benchmarks": [
             entry("bench_a[XS-aol]", {"lipfast": 2.0, "reference": 5.0}, saved_bytes=saved),
             entry("bench_a[XS-soc]", {"lipfast": 4.0, "reference": 2.0, "plain": 1.0}),
-            entry("bench_b", {"cpp": 1.0, "plain conv2d": 0.5}, target=3.5),
+            entry("bench_b", {"cpp": 1.0, "plain conv2d": 0.5, "Conv2d": 0.5}, target=3.5),
         ],
     }
     path = tmp_path / "bench.json"
@@ -58,7 +58,7 @@ def test_lines_for_the_terminal(results):
     assert lines == [
         "  bench_a[XS-aol]: lipfast 2.00 ms; reference 2.50x",
         "! bench_a[XS-soc]: lipfast 4.00 ms; reference 0.50x, plain 0.25x",
-        "  bench_b: cpp 1.00 ms; plain conv2d 0.50x",
+        "  bench_b: cpp 1.00 ms; plain conv2d 0.50x, Conv2d 0.50x",
     ]
 
 

@@ -153,3 +153,24 @@ def test_a_missing_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_device(None) == "cpu"
     with pytest.raises(ValueError, match="device: expected one that torch can use, got 'cuda:1'"):
         available_device("cuda:1")
+
+
+def test_epochs_of_a_time_budget_outlive_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "epochs_in", lambda experiment, hours: 2)
+        patch.setattr(module, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            plan_comparison("digits", ["aol"], tmp_path, hours=1).run(log=lambda line: None)
+    monkeypatch.setattr(module, "epochs_in", lambda experiment, hours: 3)
+    plan = plan_comparison("digits", ["aol"], tmp_path, hours=1, resume=True)
+    assert plan.experiments[0].recipe["epochs"] == 2
+
+
+def test_tuned_hyperparameters_need_a_size(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tuned: expected a size"):
+        plan_comparison("digits", ["aol"], tmp_path, tuned=tmp_path)

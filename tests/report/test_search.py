@@ -80,14 +80,24 @@ def test_the_best_run_is_that_with_the_highest_certified_accuracy(tmp_path, trai
     assert set(best) == {(m, s) for m in ("aol", "soc") for s in ("XS", "S")}
     for (method, size), trial in best.items():
         assert trial.lr == max(drawn(0, method, size, run)[0] for run in range(3))
-    assert load_best(tmp_path) == best
+    assert load_best(tmp_path, "digits") == best
+    with pytest.raises(ValueError, match="search on cifar10, got one on digits"):
+        load_best(tmp_path, "cifar10")
     failed = replace(results[0], certified=None, accuracy=None, error="diverged")
     assert best_trials([failed]) == {}
 
 
 def test_a_folder_without_results(tmp_path):
     with pytest.raises(ValueError, match="finished runs"):
-        load_best(tmp_path)
+        load_best(tmp_path, "digits")
+
+
+def test_files_that_no_search_wrote_are_named(tmp_path, trained):
+    search(tmp_path).run(log=lambda line: None)
+    for text in ("", "{}", "[1]", '{"x": 1}'):
+        (tmp_path / "trials" / "aol-XS-001.json").write_text(text)
+        with pytest.raises(ValueError, match=r"aol-XS-001\.json: expected"):
+            search(tmp_path).results()
 
 
 def test_a_real_search_trains_and_keeps_failures(tmp_path, monkeypatch):
@@ -149,6 +159,8 @@ def test_held_out_images_are_a_part_of_the_training_images():
     [
         ({"methods": ("eco",)}, "methods"),
         ({"runs": 0}, "runs"),
+        ({"epochs": 0}, "epochs"),
+        ({"seed": -1}, "seed"),
         ({"held_out": 1.0}, "held_out"),
         ({"hours": 0.0, "epochs": None}, "hours"),
         ({"hours": 1.0}, "hours"),
