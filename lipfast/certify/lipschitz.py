@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as modules
 
 from .factors import has_other_forward, is_known, module_factor, runs_forward_of
 from .graph import evaluation_mode, graph_bound
@@ -62,6 +63,24 @@ def lipschitz_bound(model: nn.Module, example: Tensor | None = None) -> float:
         return _chain_bound("", model, example)
 
 
+def bound_for_any_batch(model: nn.Module, example: Tensor | None) -> float:
+    """Return `lipschitz_bound` for inputs of the example's shape and any number of them.
+
+    Raises as `lipschitz_bound`, and a TypeError where the bound depends on how many there are.
+    """
+    try:
+        return lipschitz_bound(model)
+    except TypeError:
+        if example is None:
+            raise
+    few, more = (
+        lipschitz_bound(model, example[:1].expand(n, *example.shape[1:]).clone()) for n in (1, 3)
+    )
+    if not math.isclose(few, more, rel_tol=1e-9):
+        raise TypeError("model: its bound depends on the size of the batch")
+    return max(few, more)
+
+
 def _chain_bound(name: str, module: Any, example: Tensor | None) -> float:
     check_hooks(name, module)
     if hasattr(module, "lipschitz_bound") or has_other_forward(module):
@@ -76,10 +95,15 @@ def _chain_bound(name: str, module: Any, example: Tensor | None) -> float:
 
 
 def check_hooks(name: str, module: Any) -> None:
-    """Raise a TypeError where a module has hooks around its forward pass, lipfast's apart."""
+    """Raise a TypeError where hooks stand around a module's forward pass, lipfast's apart."""
     if not isinstance(module, nn.Module):
         return
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *modules._global_forward_hooks.values(),
+        *modules._global_forward_pre_hooks.values(),
+    )
     # those of fuse and shard change no output
     if any(str(getattr(h, "__module__", "")).partition(".")[0] != "lipfast" for h in hooks):
         raise TypeError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .factors import runs_forward_of
-from .lipschitz import known_bounds, lipschitz_bound
+from .lipschitz import bound_for_any_batch, known_bounds
 from .radius import RADII, certified_radius, certified_robust_accuracy
 
 
@@ -43,18 +43,22 @@ def report(
 
     Raises:
         ValueError: the loader is empty, or a score is not finite.
-        TypeError: the model has a layer without a known bound, or is in half precision.
+        TypeError: the model has a layer without a known bound, stays in training mode, or has
+            parameters in half precision, or none.
     """
     modes = [(module, module.training) for module in model.modules()]
     if any(training for _, training in modes):
         model.eval()
     try:
+        awake = [name or "the top" for name, module in model.named_modules() if module.training]
+        if awake:
+            raise TypeError(f"model: expected evaluation mode after eval(), not so in {awake[0]}")
         with torch.no_grad(), full_precision():
             scores, labels, example = _predict(model, loader)
             bounds = known_bounds(model)
             body, head = _split_head(model)
-            bound = lipschitz_bound(body, example)
-            whole = lipschitz_bound(model, example)
+            bound = bound_for_any_batch(body, example)
+            whole = bound_for_any_batch(model, example)
         weight = None if head is None else head.weight.detach()
         radius = certified_radius(scores, labels, lipschitz=bound, head_weight=weight)
         return CertificationReport(
@@ -118,11 +122,15 @@ def _predict(
     model: nn.Module, loader: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Scores, labels, and the first samples as an example."""
-    parameter = next(model.parameters())
-    if parameter.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"model: expected float32 or float64 parameters to certify, got {parameter.dtype}"
-        )
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    if not parameters:
+        raise TypeError("model: expected parameters, got none")
+    parameter = parameters[0]
+    for other in parameters:
+        if other.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"model: expected float32 or float64 parameters to certify, got {other.dtype}"
+            )
     scores: list[Tensor] = []
     labels: list[Tensor] = []
     examples: list[Tensor] = []

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import lipfast
-from lipfast.certify import lipschitz_bound
 from lipfast.certify.factors import has_other_forward, is_known, module_factor
+from lipfast.certify.lipschitz import bound_for_any_batch
 
 RADIUS = "margin / (sqrt(2) * lipschitz_bound), margin = score of the class - highest other score"
 ROUNDING = (
@@ -115,27 +115,12 @@ def _bound(model: nn.Module, example: Tensor | None) -> tuple[float | None, str 
     if short:
         return None, f"parameters in {', '.join(short)}: rounding of such a forward pass is large"
     try:
-        bound = _chain_or_graph_bound(model, example)
+        bound = bound_for_any_batch(model, example)
     except TypeError as error:
         return None, str(error).removeprefix("model: ")
     if not math.isfinite(bound):
         return None, "the product of the bounds of the layers is not finite"
     return bound, None
-
-
-def _chain_or_graph_bound(model: nn.Module, example: Tensor | None) -> float:
-    try:
-        return lipschitz_bound(model)
-    except TypeError:
-        if example is None:
-            raise
-    # the certificate is for any number of samples
-    bound, other = (
-        lipschitz_bound(model, example[:1].expand(n, *example.shape[1:]).clone()) for n in (1, 3)
-    )
-    if not math.isclose(bound, other, rel_tol=1e-9):
-        raise TypeError("model: its bound depends on the size of the batch")
-    return max(bound, other)
 
 
 def _is_short(parameter: Tensor) -> bool:

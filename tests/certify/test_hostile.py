@@ -194,3 +194,49 @@ def test_bounds_are_of_evaluation_mode_and_change_nothing():
     certify.lipschitz_bounds(model)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+class TimesBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x) * x.shape[0]
+
+
+def test_report_refuses_a_bound_that_grows_with_the_batch():
+    batch = (torch.randn(8, 3), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(TypeError, match="size of the batch"):
+        certify.report(TimesBatch(), [batch])
+
+
+def test_hooks_of_all_modules_are_refused():
+    model = nn.Sequential(nn.Linear(3, 3))
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: 3 * y)
+    try:
+        with pytest.raises(TypeError, match="hooks"):
+            certify.lipschitz_bound(model)
+    finally:
+        handle.remove()
+    assert certify.lipschitz_bound(model) > 0
+
+
+class NeverAsleep(nn.Dropout):
+    def train(self, mode: bool = True):
+        return super().train(True)
+
+
+def test_report_refuses_layers_that_stay_in_training_mode():
+    model = nn.Sequential(nn.Linear(3, 3), NeverAsleep())
+    batch = (torch.randn(2, 3), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(TypeError, match="evaluation mode"):
+        certify.report(model, [batch])
+
+
+def test_report_looks_at_the_type_of_every_parameter():
+    batch = (torch.randn(2, 3), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(TypeError, match="float16"):
+        certify.report(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3).half()), [batch])
+    with pytest.raises(TypeError, match="parameters"):
+        certify.report(nn.Sequential(nn.ReLU()), [batch])
