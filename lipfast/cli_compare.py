@@ -63,6 +63,8 @@ def compare(
 
     screen = console()
     with user_errors():
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("compare runs in one process; under torchrun use search or train")
         if sizes is not None and size is not None:
             raise ValueError("sizes: expected either --size or --sizes, got both")
         several = None if sizes is None else names(sizes)

@@ -73,10 +73,22 @@ def test_processes_of_a_search_are_numbered(tmp_path, monkeypatch):
     assert "job" in error_line(*shared, "--job", "first")
 
 
+def test_several_processes_do_not_compare_in_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in error_line("compare", "--data", "digits", "--out", tmp_path)
+
+
+def test_names_count_once(tmp_path):
+    shared = ["search", "--data", "digits", "--methods", "aol,aol", "--sizes", "XS,XS"]
+    output, _ = run(*shared, "--runs", "1", "--epochs", "1", "--job", "1/2", "--out", tmp_path)
+    assert output.startswith("0 of 1 runs finished")
+
+
 def test_bad_sizes_and_budgets(tmp_path):
     shared = ["--data", "digits", "--out", tmp_path]
     assert "sizes" in error_line("compare", *shared, "--sizes", "XS,XXL")
     assert "sizes" in error_line("search", *shared, "--sizes", "XXL")
     assert "either" in error_line("compare", *shared, "--sizes", "XS", "--size", "S")
     assert "hours" in error_line("compare", *shared, "--hours", "1", "--epochs", "1")
+    assert "size" in error_line("compare", *shared, "--tuned", tmp_path)
     assert "finished runs" in error_line("compare", *shared, "--size", "XS", "--tuned", tmp_path)
