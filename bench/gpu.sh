@@ -26,6 +26,7 @@ timeout -s INT -k 20 180 "$python" -m pytest -m gpu tests -q || status=$?
 budget=$((480 - SECONDS))
 if [ "$budget" -lt 60 ]; then budget=60; fi
 measured=0
+rm -f "$results/bench.json"  # never report an earlier run as this one
 timeout -s INT -k 20 $((budget + 30)) "$python" -m pytest bench --benchmark-only -q -s \
   --budget="$budget" --benchmark-json="$results/bench.json" || measured=$?
 if [ "$measured" -ne 0 ]; then status=$measured; fi
