@@ -46,7 +46,7 @@ def on(backend: str, function: Function) -> Function:
 def make(method: str, size: str, layers: peers.Make | None = None, **options) -> nn.Module:
     """The network some steps after its start."""
     torch.manual_seed(0)
-    net = peers.network(method, size, layers, **options).to(DEVICE)
+    net = peers.network(method, size, layers, device=DEVICE, **options).to(DEVICE)
     with torch.no_grad():
         for parameter in net.parameters():
             noise = torch.randn_like(parameter) / max(1, parameter.numel()) ** 0.5
@@ -92,7 +92,7 @@ def bench_training_step(compare, benchmark, batch, method, network_size, full):
     x, labels = batch
     net = make(method, network_size)
     published = make(method, network_size, **PUBLISHED.get(method, {}))
-    plain = peers.plain_network(network_size).to(DEVICE)
+    plain = peers.plain_network(network_size, DEVICE)
     variants = {"lipfast": training_step(net, x, labels)}
     for name in other_backends(method):
         variants[name] = on(name, training_step(net, x, labels))
@@ -155,8 +155,12 @@ def count_costs(benchmark, nets: dict[str, nn.Module], x: Tensor, labels: Tensor
             if not GPU:
                 counts = count_step(lambda net=net: net(x), [x, labels, *net.parameters()])
             else:
-                kept = saved_bytes(lambda net=net: net(x), x, *net.parameters())
-                counts = {"saved_bytes": kept, "peak_bytes": training_memory_bytes(net, x, labels)}
+                try:
+                    kept = saved_bytes(lambda net=net: net(x), x, *net.parameters())
+                    peak = training_memory_bytes(net, x, labels)
+                except torch.OutOfMemoryError:
+                    continue
+                counts = {"saved_bytes": kept, "peak_bytes": peak}
         for quantity, number in counts.items():
             info.setdefault(quantity, {})[name] = number
 
@@ -164,7 +168,7 @@ def count_costs(benchmark, nets: dict[str, nn.Module], x: Tensor, labels: Tensor
 def bench_inference(compare, benchmark, batch, method, network_size, full):
     x, _ = batch
     net = make(method, network_size).eval()
-    plain = peers.plain_network(network_size).to(DEVICE).eval()
+    plain = peers.plain_network(network_size, DEVICE).eval()
     nets = {"lipfast": net, "plain": plain}
     if full:
         nets["reference"] = make(method, network_size, **PUBLISHED.get(method, {})).eval()

@@ -23,13 +23,13 @@ def network(method: str, size: str, make: Make | None, **options) -> nn.Module:
     return net
 
 
-def plain_network(size: str) -> nn.Module:
+def plain_network(size: str, device: str) -> nn.Module:
     """Return ConvNet of nn.Conv2d and nn.Linear."""
-    net = network("aol", size, lambda c, k: nn.Conv2d(c, c, k, padding=k // 2))
+    net = network("aol", size, lambda c, k: nn.Conv2d(c, c, k, padding=k // 2), device=device)
     for name, layer in list(net.named_children()):
         if isinstance(layer, LipschitzLinear):
             setattr(net, name, nn.Linear(layer.in_features, layer.out_features))
-    return net
+    return net.to(device)
 
 
 def peers(method: str) -> dict[str, Make]:
