@@ -198,10 +198,12 @@ class _Sharding:
         """Return the plan for the entries, or raise on every rank where ranks have others."""
         layers = self.layers
         _refuse_dtensors({self.names[e.layer]: layers[e.layer] for e in entries})
-        flags = tuple(p.requires_grad for e in entries for p in layers[e.layer].parameters())
+        parameters = [p for e in entries for p in layers[e.layer].parameters()]
+        flags = tuple(p.requires_grad for p in parameters)
+        dtypes = tuple(str(p.dtype) for p in parameters)
         fixed = all(not layer._depends_on_map_size for layer in layers)
         shapes = () if fixed else self.signature
-        key = (tuple(entries), n_active, flags, str(layers[0].weight.dtype), shapes)
+        key = (tuple(entries), n_active, flags, dtypes, shapes)
         plan = self.plans.get(key)
         if plan is None:
             plan = Plan(entries, layers, self.control.ranks)
@@ -213,7 +215,7 @@ class _Sharding:
                 "layers in training mode": n_active,
                 "map sizes": [(self.names[e.layer], tuple(e.map_size)) for e in entries],
                 "trained parameters": sum(flags),
-                "dtype": key[3],
+                "dtypes": list(dict.fromkeys(dtypes)),
             }
             every = self.control.tell_object(own)
             rank = next(r for r, (mark, _) in enumerate(told) if mark != told[0][0])

@@ -52,8 +52,10 @@ class Step:
         self._error: Exception | None = None
         self._sent: dict[int, Sent] = {}
         self._bucket_of: dict[LipschitzModule, int] = {}
+        self._arrived: dict[int, Sequence[Tensor | None]] = {}  # gradients, to be sent in turn
         self._gradients: list[tuple[int, SentGradients]] = []  # with the number of their bucket
         self._tokens: tuple[Tensor, ...] = ()
+        self._turn = -1
 
     # Forward -------------------------------------------------------------------------------------
 
@@ -72,6 +74,7 @@ class Step:
                 self._bucket_of[layer] = number
                 layer.prebuilt = Prebuilt(entry.map_size, ())  # on its way: nobody else builds it
         self._tokens = tuple(torch.zeros(1, device=self.device) for _ in self.plan.buckets)
+        self._turn = len(self.plan.buckets) - 1  # the bucket whose gradients are sent next
         if self.parameters:
             self._tokens = _Build.apply(self, *self._tokens, *self.parameters)
 
@@ -171,9 +174,22 @@ class Step:
     # Backward ------------------------------------------------------------------------------------
 
     def send_gradients(self, number: int, gradients: Sequence[Tensor | None]) -> None:
-        """Send the gradients of a bucket's weights to their owners."""
-        sent = self.exchange.send_gradients(self.plan.buckets[number], gradients)
+        """Send the gradients of a bucket's weights to their owners, the last bucket first.
+
+        They wait for those of later buckets: ranks that use different layers, or in another order,
+        must send alike.
+        """
+        self._arrived[number] = gradients
+        while self._turn in self._arrived:
+            self._send_next()
+
+    def _send_next(self) -> None:
+        number = self._turn
+        bucket = self.plan.buckets[number]
+        unused = [None] * sum(len(layout.weights) for layout in bucket.layouts)
+        sent = self.exchange.send_gradients(bucket, self._arrived.pop(number, unused))
         self._gradients += [(number, part) for part in sent]
+        self._turn -= 1
 
     def parameter_gradients(self) -> list[Tensor | None]:
         """Return the gradients of `parameters`: of the own layers summed over ranks, else zero."""
@@ -182,6 +198,9 @@ class Step:
                 "the weights of a sharded model were differentiated before and their graph is "
                 "freed: pass retain_graph=True to the first backward pass"
             )
+        while self._turn >= 0:
+            self._send_next()
+        self._turn = len(self.plan.buckets) - 1
         outputs: list[Tensor] = []
         sums: list[Tensor] = []
         for number, part in self._gradients:

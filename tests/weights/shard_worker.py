@@ -331,6 +331,41 @@ def accumulation(rank, ranks):
     return max(float((a.grad - b.grad).abs().max()) for a, b in pairs)
 
 
+class _Skips(nn.Module):
+    """Two layers, of which a call leaves one out."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = (AOLLinear(4, 4, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x, skip):
+        for name in "ab":
+            x = x if name == skip else getattr(self, name)(x)
+        return x
+
+
+def left_out(rank, ranks):
+    """Layers that only some ranks use in a step, and a dtype that changes between two steps."""
+    one, other = _Skips(), shard(_Skips())
+    x = data()[0].flatten()[:16].view(4, 4)
+    apart = []
+    for skips in ("  ", " b", " a", "ab", "aa"):
+        one.zero_grad()
+        other.zero_grad()
+        sum(one(x + r, skips[r]).square().sum() for r in range(ranks)).div(ranks).backward()
+        other(x + rank, skips[rank]).square().sum().backward()
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            dist.all_reduce(q.grad)
+            expected = torch.zeros_like(p) if p.grad is None else p.grad
+            apart.append(float((expected - q.grad / ranks).abs().max()))
+    for model in (one, other):
+        model.b.float()
+        model.b.register_forward_pre_hook(lambda _, args: args[0].float())
+    apart.append(float((one(x, "") - other(x, "")).detach().abs().max()))
+    return max(apart)
+
+
 def autocast(rank, ranks):
     torch.manual_seed(0)
     one = network("lot").float()
@@ -437,6 +472,7 @@ CASES = {
     "backward twice": backward_twice,
     "gradient penalty": gradient_penalty,
     "accumulation": accumulation,
+    "left out": left_out,
     "autocast": autocast,
     "alone": alone,
     "errors": errors,

@@ -23,6 +23,7 @@ def results(tmp_path_factory):
         "backward twice",
         "gradient penalty",
         "accumulation",
+        "left out",
         "autocast",
         "alone",
         "errors",
@@ -75,7 +76,7 @@ def test_backward_twice(results):
         assert "once_differentiable" in result["backward twice"]["second derivative"]
 
 
-@pytest.mark.parametrize("case", ["gradient penalty", "accumulation"])
+@pytest.mark.parametrize("case", ["gradient penalty", "accumulation", "left out"])
 def test_other_ways_to_derive(results, case):
     assert all(result[case] < SAME for result in results)
 
