@@ -2,8 +2,8 @@
 
 By default XS and S on a CPU and all sizes on a GPU; `--size` and `--method` choose, `--full` adds
 the published forms under torch.compile, which take minutes to compile, orthogonium's Cayley layers,
-which take half a minute to make, inference of the published forms, and LOT S on a CPU, a published
-step of which takes minutes.
+which take half a minute to make, inference of the published forms, and on a CPU LOT S, a published
+step of which takes minutes, and inference of S, whose weights take longer to prove than to use.
 """
 
 import functools
@@ -166,6 +166,8 @@ def count_costs(benchmark, nets: dict[str, nn.Module], x: Tensor, labels: Tensor
 
 
 def bench_inference(compare, benchmark, batch, method, network_size, full):
+    if not GPU and network_size != "XS" and not full:
+        pytest.skip("half a minute to prove the weights; with --full")
     x, _ = batch
     net = make(method, network_size).eval()
     plain = peers.plain_network(network_size, DEVICE).eval()

@@ -92,8 +92,10 @@ def bench_layer(compare, benchmark, method, channels, side):
         print(f"target {LOT_TARGET}x, reached {ratios['published code']:.2f}x")
 
 
-def bench_lot_network(compare, monkeypatch):
+def bench_lot_network(compare, monkeypatch, full):
     """A training step of the paper's network, on a CPU of size XS; the target there is 4x."""
+    if not GPU and not full:
+        pytest.skip("half a minute a step as published; with --full")
     torch.manual_seed(0)
     size = "L" if GPU else "XS"
     net = ConvNet("lot", size, device=DEVICE)
