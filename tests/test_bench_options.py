@@ -1,6 +1,7 @@
 """The options of the benchmarks, and how they time."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,11 @@ def bench(tmp_path):
     def run(*options: str) -> tuple[subprocess.CompletedProcess[str], Path]:
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
         command += ["--benchmark-only", f"--benchmark-json={results}", *options]
-        found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        # or pytest-benchmark takes the process for one of pytest-xdist's, and measures nothing
+        alone = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+        found = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, check=False, env=alone
+        )
         return found, results
 
     return run
