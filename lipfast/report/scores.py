@@ -86,6 +86,7 @@ def _draw(axes: Any, found: tuple[float, ...], old: tuple[int, ...] | None, colo
     axes.set_ylim(0, BEST)
     axes.set_xticks(angles, _NAMES, fontsize=7.5)
     axes.set_yticks(range(1, 6), [])
+    axes.tick_params(axis="x", pad=8)
     axes.grid(color="#cccccc", linewidth=0.6)
     closed = np.append(angles, angles[0])
     axes.plot(closed, [*found, found[0]], color=color, linewidth=1.8)
